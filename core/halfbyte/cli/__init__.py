@@ -1,0 +1,7 @@
+"""The commands, one file each: `add_parser(subparsers)` declares it, `run(args)` does it and gives the exit code."""
+
+from __future__ import annotations
+
+from . import bench, demo, doctor, estimate, quantize
+
+COMMANDS = (doctor, quantize, estimate, demo, bench)

@@ -1,0 +1,223 @@
+"""What users call: fills in defaults, packs and unpacks QuantState, calls the op.
+
+Where nothing observes the call (no gradient, no compile, no tracing, no dispatch mode) the planned kernel is
+called directly; otherwise torch's op is, and does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _runtime, formats
+from .errors import InputError
+from .kernel import show
+from .quant_state import QuantState
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_AsBytes = torch._C.DisableTorchFunctionSubclass  # Params4bit intercepts torch functions; inside it is only bytes
+_callers = _runtime.callers
+_NOT_NESTED = (None, None, None)
+_ops = torch.ops.halfbyte
+
+
+def _direct(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call on x may skip torch's dispatcher."""
+    return (
+        type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not x.is_meta
+    )
+
+
+def _call(name: str, observed: Callable[..., Any], x: Tensor, *rest: Any, bias: Tensor | None = None) -> Any:
+    """Run an op: the planned kernel where nothing observes the call, torch's op otherwise."""
+    return _callers[name](x, *rest) if _direct(x, bias) else observed(x, *rest)
+
+
+# -- 4 bit ---------------------------------------------------------------------------------------------------
+
+
+def quantize_4bit(
+    x: Tensor,
+    *,
+    format: str = "nf4",
+    blocksize: int = 64,
+    nested: bool = False,
+    storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Quantize a tensor to 4 bits with one absmax per block.
+
+    x          float32, float16, bfloat16; any shape
+    format     "nf4" or "fp4"
+    blocksize  a power of two from 32 to 4096
+    nested     quantize the absmax too (QLoRA's double quantization)
+    storage    dtype that the packed bytes are viewed as
+    returns    packed ((n + 1) // 2 / itemsize, 1) of `storage`, and the state that undoes it
+
+    Raises InputError for a wrong dtype, format, block size, or a byte count that `storage` does not divide.
+    Source: Dettmers et al. 2023, QLoRA, section 3 (arXiv 2305.14314).
+    """
+    n_bytes = (x.numel() + 1) // 2
+    if storage not in formats.STORAGES:
+        raise InputError(f"storage must be one of {', '.join(map(show, formats.STORAGES))}; got {show(storage)}")
+    if n_bytes % storage.itemsize:
+        raise InputError(f"{n_bytes} packed bytes cannot be viewed as {show(storage)} ({storage.itemsize} bytes each)")
+    packed, absmax = _call("quantize_4bit", _ops.quantize_4bit.default, x.detach(), format, blocksize)
+    code = formats.levels(format, x.device)
+    state = QuantState(absmax, x.shape, code, blocksize, format, x.dtype)
+    if nested:
+        state.offset = pairwise_mean(absmax)
+        state.absmax, state.state2 = quantize_8bit(absmax - state.offset, blocksize=formats.NESTED_BLOCKSIZE)
+    return packed.view(storage).unsqueeze(1), state
+
+
+def dequantize_4bit(packed: Tensor, state: QuantState, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Undo quantize_4bit.
+
+    dtype      of the result; the original's when None
+    returns    the state's shape
+    """
+    shape, format, blocksize = _described(state)
+    with _AsBytes():
+        x: Tensor = _call(
+            "dequantize_4bit",
+            _ops.dequantize_4bit.default,
+            as_bytes(packed),
+            state.absmax,
+            *state.nested_tensors(),
+            format,
+            blocksize,
+            shape,
+            dtype or state.dtype,
+        )
+        return x
+
+
+def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
+    """x @ dequantized weight^T + bias, with gradients for x and bias.
+
+    x          float32, float16, bfloat16; (..., in_features)
+    packed     a quantized weight of shape (out_features, in_features)
+    bias       x's dtype, (out_features,)
+    returns    x's dtype, (..., out_features)
+    """
+    shape, format, blocksize = _described(state)
+    if len(shape) != 2 or not x.ndim or x.shape[-1] != shape[1]:
+        raise InputError(f"x (..., K) must fit a weight (N, K); got {tuple(x.shape)} and {tuple(shape)}")
+    nested = _NOT_NESTED if state.state2 is None else state.nested_tensors()
+    with _AsBytes():
+        packed = as_bytes(packed)
+        if _direct(x, bias):
+            op = _callers["linear_4bit"]
+        else:
+            op, packed = _ops.linear_4bit.default, packed.detach()  # modes want plain tensors
+        y: Tensor = op(x, packed, state.absmax, *nested, bias, format, blocksize, shape[0])
+        return y
+
+
+def _described(state: QuantState) -> tuple[torch.Size, str, int]:
+    if state.shape is None or state.quant_type is None or state.blocksize is None:
+        raise InputError(f"a 4-bit state needs shape, quant_type and blocksize; got {state!r}")
+    return state.shape, state.quant_type, state.blocksize
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """Packed codes as uint8, whatever dtype a checkpoint viewed them as."""
+    return packed if packed.dtype is torch.uint8 else packed.view(torch.uint8)
+
+
+def pairwise_mean(x: Tensor) -> Tensor:
+    """The float32 mean, summed in a fixed order on every device: pad with zeros to a power of two, fold halves."""
+    n = x.numel()
+    total = torch.nn.functional.pad(x.reshape(-1), (0, (1 << max(n - 1, 0).bit_length()) - n))
+    while total.numel() > 1:
+        half = total.numel() // 2
+        total = total[:half] + total[half:]
+    return (total / max(n, 1)).reshape(())
+
+
+# -- 8 bit ---------------------------------------------------------------------------------------------------
+
+
+def quantize_8bit(x: Tensor, *, codebook: str | Tensor = "dynamic", blocksize: int = 256) -> tuple[Tensor, QuantState]:
+    """Quantize a tensor to the nearest of 256 levels, with one absmax per block.
+
+    x          float32, float16, bfloat16; any shape
+    codebook   "dynamic", "dynamic_unsigned", or 256 ascending float32 values
+    returns    codes uint8 of x's shape, and the state that undoes it
+
+    Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 2 (arXiv 2110.02861).
+    """
+    table = formats.codebook(codebook, x.device) if isinstance(codebook, str) else codebook
+    codes, absmax = _call("quantize_8bit", _ops.quantize_8bit.default, x.detach(), table, blocksize)
+    return codes, QuantState(absmax, x.shape, table, blocksize, None, x.dtype)
+
+
+def dequantize_8bit(codes: Tensor, state: QuantState, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Undo quantize_8bit.
+
+    dtype      of the result; the original's when None
+    """
+    x: Tensor = _call(
+        "dequantize_8bit",
+        _ops.dequantize_8bit.default,
+        codes,
+        state.absmax,
+        state.code,
+        state.blocksize,
+        dtype or state.dtype,
+    )
+    return x
+
+
+# -- LLM.int8() ----------------------------------------------------------------------------------------------
+
+
+def quantize_int8_rows(x: Tensor, *, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row to int8.
+
+    x          float32, float16, bfloat16; (..., K)
+    threshold  magnitude from which a value is an outlier; 0.0 for none
+    returns    q int8 of x's shape, absmax float32 (rows,), outlier_columns bool (K,)
+    """
+    return _call("quantize_int8_rows", _ops.quantize_int8_rows.default, x.detach(), float(threshold))  # type: ignore[no-any-return]
+
+
+def dequantize_int8(q: Tensor, absmax: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Undo quantize_int8_rows: q * absmax / 127 of its row."""
+    x: Tensor = _call("dequantize_int8", _ops.dequantize_int8.default, q, absmax, None, None, dtype)
+    return x
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    *,
+    threshold: float = 0.0,
+    mode: str = "exact",
+) -> Tensor:
+    """x @ (weight * absmax / 127)^T + bias, with gradients for x and bias.
+
+    x          float32, float16, bfloat16; (..., K)
+    weight     int8 (N, K)
+    absmax     float32 (N,), one per row of the weight
+    threshold  magnitude from which an activation is an outlier and stays out of the integer product; 0.0 for none
+    mode       "exact": LLM.int8(), activations are quantized; "w8a16": only the weight is
+    returns    x's dtype, (..., N)
+
+    Source: Dettmers et al. 2022, LLM.int8(), section 3 (arXiv 2208.07339).
+    """
+    args = (weight, absmax, bias, float(threshold), mode)
+    with _AsBytes():
+        y: Tensor = _call("linear_int8", _ops.linear_int8.default, x, *args, bias=bias)
+        return y

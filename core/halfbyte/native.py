@@ -1,0 +1,51 @@
+"""Tensor -> pointer adapters that every pybind11 backend shares.
+
+A native module takes addresses, 64-bit sizes and the codes below; Python keeps the tensors alive during the call.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# The codes of csrc/include/halfbyte/types.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FORMATS = {"nf4": 0, "fp4": 1}
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a contiguous tensor's data begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# -- threads after fork --------------------------------------------------------------------------------------
+
+# libgomp's pool of threads does not exist in a forked child, and a parallel region there waits for it forever
+# (GCC bug 58378, open since 2013; torch's own loops hang the same way).  With one thread no pool is asked for.
+_crowded = False  # at the last fork this process had several threads: a pool may be among them
+_orphaned = False  # this process comes from such a fork
+
+
+def threads() -> int:
+    """How many threads an OpenMP kernel may use: torch's number; one in a child of a process that had threads."""
+    return 1 if _orphaned else torch.get_num_threads()
+
+
+def _before_fork() -> None:
+    global _crowded
+    try:
+        _crowded = len(list(Path("/proc/self/task").iterdir())) > 1
+    except OSError:  # not Linux
+        _crowded = True
+
+
+def _after_fork() -> None:
+    global _orphaned
+    _orphaned = _orphaned or _crowded
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

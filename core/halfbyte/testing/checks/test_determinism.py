@@ -1,0 +1,45 @@
+"""The same call gives the same bits: again, after other calls, and from several threads at once."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import Tensor
+
+from halfbyte.testing import cases, compare
+
+
+def test_kernel_gives_the_same_bits_again(typical: cases.Case) -> None:
+    for size in typical.sizes("usual", "partial"):
+        first = cases.results(typical.op, typical.kernel.function, typical.args(size))
+        kept = [one.clone() for one in first]
+        for other in typical.sizes("odd", "one"):
+            cases.results(typical.op, typical.kernel.function, typical.args(other))
+        assert compare.same_bits(kept, first), f"{typical.title}, size {size}: a later call changed an earlier result"
+        again = cases.results(typical.op, typical.kernel.function, typical.args(size))
+
+        assert compare.same_bits(kept, again), f"{typical.title}, size {size}: two calls gave different bits"
+
+
+def test_kernel_runs_in_several_threads(typical: cases.Case) -> None:
+    sizes = typical.sizes("usual", "partial", "odd")
+    alone = {size: cases.results(typical.op, typical.kernel.function, typical.args(size)) for size in sizes}
+    wrong: list[str] = []
+
+    def work(size: str) -> None:
+        try:
+            args = typical.args(size)
+            for _ in range(4):
+                found: tuple[Tensor, ...] = cases.results(typical.op, typical.kernel.function, args)
+                if not compare.same_bits(found, alone[size]):
+                    wrong.append(f"size {size}: other bits than alone")
+        except Exception as error:
+            wrong.append(f"size {size}: {type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert not wrong, f"{typical.title}, {len(threads)} threads: {wrong[0]}"

@@ -1,0 +1,85 @@
+// prelude.h: what every ISA file starts from.
+//
+// ISA files are compiled for one instruction set each.  A library template or inline function instantiated
+// there could be the copy the linker keeps for the whole module and would crash an older CPU, so these files
+// include only C headers and intrinsics, and everything in them stands in an anonymous namespace.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "halfbyte/cpu.h"
+#include "halfbyte/tables.h"
+#include "index.h"
+#include "scratch.h"
+
+#define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
+// Inner loops stand alone: inlined into one large function, GCC 12 spills their accumulators.
+#define HALFBYTE_ALONE __attribute__((noinline))
+
+namespace halfbyte::cpu {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+HALFBYTE_INLINE float as_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+HALFBYTE_INLINE uint32_t as_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+// The element at p, which may have any alignment: what tensors come with.
+template <class T>
+HALFBYTE_INLINE T read(const void* p) {
+  T value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+template <class T>
+HALFBYTE_INLINE void write(void* p, T value) {
+  memcpy(p, &value, sizeof value);
+}
+
+// f(0) .. f(count - 1) over `threads` threads, handed out one by one so that a disturbed core holds nobody
+// up.
+template <class Function>
+HALFBYTE_INLINE void parallel_for(int threads, int64_t count, const Function& f) {
+  if (threads <= 1 || count <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
+
+// Calls f with a typed null pointer that carries the element type.
+template <class Function>
+HALFBYTE_INLINE const char* with_dtype(DType dtype, const Function& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(static_cast<float*>(nullptr));
+    case DType::float16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::bfloat16:
+      return f(static_cast<BFloat*>(nullptr));
+  }
+  return "dtype must be float32, float16 or bfloat16";
+}
+
+}  // namespace
+}  // namespace halfbyte::cpu

@@ -1,0 +1,258 @@
+"""`halfbyte doctor` and the self-checks behind it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte import config, diagnosis, selfcheck
+from halfbyte.__main__ import main
+from halfbyte._runtime import dispatcher
+from halfbyte.backend import Check
+
+Capture = pytest.CaptureFixture[str]
+
+BUILTIN = [name for name, op in dispatcher.plugins.ops.items() if op.namespace == "halfbyte"]
+
+
+@pytest.fixture(autouse=True)
+def _automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HALFBYTE_ variables, whatever the shell says."""
+    monkeypatch.setattr(dispatcher, "config", config.Config())
+
+
+@pytest.fixture
+def plugin() -> Iterator[Callable[..., None]]:
+    """`plugin("acme", backend=..., checks=[...])` registers one for the test."""
+    added = []
+
+    def add(name: str, *, backend: halfbyte.Backend | None = None, checks: Any = ()) -> None:
+        hooks = SimpleNamespace(
+            halfbyte_backends=halfbyte.hookimpl(lambda: [backend] if backend else []),
+            halfbyte_doctor_checks=halfbyte.hookimpl(lambda: checks),
+        )
+        added.append(name)
+        dispatcher.plugins.add(name, f"{name}-dist 1.0", lambda: hooks)
+        dispatcher.forget()
+
+    yield add
+    for name in added:
+        dispatcher.plugins.remove(name)
+    dispatcher.forget()
+
+
+def wrong(op: str) -> halfbyte.Backend:
+    """A backend whose kernel for an op returns a last result that is slightly off."""
+
+    def kernel(*args: Any) -> Any:
+        result = dispatcher.plugins.ops[op].reference(*args)
+        *rest, last = result if isinstance(result, tuple) else (result,)
+        last = last + 0.5 if last.is_floating_point() else last ^ torch.ones_like(last)
+        return (*rest, last) if rest else last
+
+    class Acme(halfbyte.Backend):
+        name = "acme"
+        device_types = frozenset({"cpu"})
+        priority = 100
+        env = (halfbyte.EnvVar("HALFBYTE_ACME_SPEED", "How fast.", "a number"),)
+
+        def kernels(self) -> Any:
+            yield halfbyte.Kernel(op, kernel, variant="turbo")
+
+    return Acme()
+
+
+def doctor(capsys: Capture, code: int) -> dict[str, Any]:
+    assert main(["doctor", "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+# -- self-checks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", BUILTIN)
+def test_selfcheck_has_inputs_for_every_op(op: str) -> None:
+    labels = [case.label for case in selfcheck.cases(op)]
+    assert labels
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("op", BUILTIN)
+def test_selfcheck_agrees_on_this_machine(op: str) -> None:
+    results = [selfcheck.run_case(dispatcher.plugins.ops[op], case, "cpu") for case in selfcheck.cases(op)]
+    assert [(one.label, one.message) for one in results if not one.ok] == []
+
+
+@pytest.mark.parametrize("op", BUILTIN)
+def test_selfcheck_finds_a_wrong_kernel(op: str, plugin: Callable[..., None]) -> None:
+    plugin("acme", backend=wrong(op))
+    results = [selfcheck.run_case(dispatcher.plugins.ops[op], case, "cpu") for case in selfcheck.cases(op)]
+    assert {(one.backend, one.variant) for one in results} == {("acme", "turbo")}
+    assert not any(one.ok for one in results)
+    assert all("differ" in one.message for one in results)
+
+
+def test_selfcheck_inputs_are_the_same_each_time() -> None:
+    for op in BUILTIN:
+        for one, two in zip(selfcheck.cases(op), selfcheck.cases(op), strict=True):
+            for first, second in zip(one.args, two.args, strict=True):
+                assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+def test_selfcheck_leaves_its_inputs_unchanged() -> None:
+    for op in BUILTIN:
+        for case in selfcheck.cases(op):
+            before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+            selfcheck.run_case(dispatcher.plugins.ops[op], case, "cpu")
+            for arg, old in zip(case.args, before, strict=True):
+                assert not isinstance(arg, torch.Tensor) or torch.equal(arg, old)
+
+
+def test_selfcheck_of_a_kernel_that_raises_is_a_failure(plugin: Callable[..., None]) -> None:
+    class Broken(halfbyte.Backend):
+        name = "broken"
+        device_types = frozenset({"cpu"})
+        priority = 100
+
+        def kernels(self) -> Any:
+            def kernel(*args: Any) -> Any:
+                raise ZeroDivisionError("oops")
+
+            yield halfbyte.Kernel("matmul_int8", kernel)
+
+    plugin("broken", backend=Broken())
+    (case,) = selfcheck.cases("matmul_int8")
+    result = selfcheck.run_case(dispatcher.plugins.ops["matmul_int8"], case, "cpu")
+    assert (result.ok, result.backend, result.message) == (False, "broken", "ZeroDivisionError: oops")
+
+
+@pytest.mark.parametrize(
+    ("got", "reason"),
+    [
+        (torch.zeros(3), "float32 (3,) instead of float32 (2,)"),
+        (torch.zeros(2, dtype=torch.float16), "float16 (2,) instead of float32 (2,)"),
+        (torch.tensor([0.0, 1.0]), "1 of 2 values differ, by up to 1, and must be equal"),
+        ((torch.zeros(2), torch.zeros(2)), "2 results instead of 1"),
+    ],
+)
+def test_differences_name_what_is_wrong(got: Any, reason: str) -> None:
+    (found,) = selfcheck.differences(dispatcher.plugins.ops["dequantize_4bit"], got, torch.zeros(2))
+    assert reason in found
+
+
+# -- the report ----------------------------------------------------------------------------------------------
+
+
+def test_doctor_is_well(capsys: Capture) -> None:
+    found = doctor(capsys, 0)
+    assert found["schema"] == 1
+    assert found["ok"] is True
+    assert set(found) == {
+        *("schema", "ok", "versions", "devices", "backends", "quarantined", "variables", "configuration_errors"),
+        *("build", "kernels", "selfchecks", "checks"),
+    }
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["devices"][-1]["device"] == "cpu"
+    assert found["devices"][-1]["backend"] == halfbyte.active()["cpu"]
+    assert {one["op"] for one in found["kernels"]} == set(BUILTIN)
+    assert found["selfchecks"]["failed"] == []
+
+
+def test_doctor_lists_every_variable_with_its_value(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, plugin: Callable[..., None]
+) -> None:
+    plugin("acme", backend=wrong("matmul_int8"))
+    monkeypatch.setenv("HALFBYTE_ACME_SPEED", "11")
+    monkeypatch.setenv("HALFBYTE_BACKEND_LINEAR_4BIT", "reference")
+    monkeypatch.setenv("HALFBYTE_TYPO", "1")
+    found = {one["name"]: one for one in doctor(capsys, 1)["variables"]}
+    assert {variable.name for variable in config.VARIABLES} <= set(found)
+    assert (found["HALFBYTE_ACME_SPEED"]["value"], found["HALFBYTE_ACME_SPEED"]["owner"]) == ("11", "acme")
+    assert found["HALFBYTE_BACKEND_LINEAR_4BIT"]["value"] == "reference"
+    assert found["HALFBYTE_TYPO"]["owner"] is None
+
+
+def test_doctor_fails_where_a_kernel_is_wrong(capsys: Capture, plugin: Callable[..., None]) -> None:
+    plugin("acme", backend=wrong("matmul_int8"))
+    found = doctor(capsys, 1)
+    (failed,) = found["selfchecks"]["failed"]
+    assert (failed["op"], failed["backend"], failed["variant"]) == ("matmul_int8", "acme", "turbo")
+    assert main(["doctor"]) == 1
+    assert "FAILED  matmul_int8 on cpu (int8), acme (turbo): result 0:" in capsys.readouterr().out
+
+
+def test_doctor_tells_why_a_backend_was_passed_over(capsys: Capture, plugin: Callable[..., None]) -> None:
+    plugin("acme", backend=wrong("matmul_int8"))
+    found = doctor(capsys, 1)
+    (one,) = (one for one in found["kernels"] if (one["op"], one["device"]) == ("quantize_8bit", "cpu"))
+    assert one["against"]["acme"] == ["has no kernel for quantize_8bit"]
+
+
+def test_doctor_fails_for_a_wrong_setting(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "HALFBYTE_FALLBACK must be one of warn, error, silent; got 'x'"
+    monkeypatch.setattr(dispatcher, "config", config.Config(errors=(sentence,)))
+    found = doctor(capsys, 1)
+    assert found["configuration_errors"] == [sentence]
+    assert found["kernels"] == []
+    assert main(["doctor"]) == 1
+    assert f"WRONG   {sentence}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "chosen", [config.Config(backend=("nonsense",)), config.Config(per_op={"matmul_int8": ("nonsense",)})]
+)
+def test_doctor_fails_for_a_forced_backend_that_is_not_there(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, chosen: config.Config
+) -> None:
+    monkeypatch.setattr(dispatcher, "config", chosen)
+    (error,) = doctor(capsys, 1)["configuration_errors"]
+    assert "there is no backend 'nonsense'" in error
+
+
+def test_doctor_shows_quarantined_plugins(capsys: Capture, plugin: Callable[..., None]) -> None:
+    backend: Any = SimpleNamespace(name="bad")
+    plugin("bad", backend=backend)
+    found = doctor(capsys, 0)
+    assert {
+        "plugin": "bad",
+        "provider": "bad-dist 1.0",
+        "reason": "halfbyte_backends must yield Backend; got SimpleNamespace",
+    } in found["quarantined"]
+    assert main(["doctor"]) == 0
+    assert "quarantined: halfbyte_backends must yield Backend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_doctor_runs_the_checks_of_plugins(capsys: Capture, plugin: Callable[..., None], ok: bool) -> None:
+    plugin("acme", checks=[Check("acme driver", ok, "version 7")])
+    found = doctor(capsys, 0 if ok else 1)
+    assert {"name": "acme driver", "ok": ok, "message": "version 7"} in found["checks"]
+
+
+def test_doctor_shows_a_backend_whose_kernels_cannot_be_loaded(capsys: Capture, plugin: Callable[..., None]) -> None:
+    class Unloadable(halfbyte.Backend):
+        name = "unloadable"
+        device_types = frozenset({"cpu"})
+        priority = 1
+
+        def kernels(self) -> Any:
+            raise ImportError("libacme.so.1 is missing")
+
+    plugin("unloadable", backend=Unloadable())
+    (one,) = (one for one in doctor(capsys, 0)["backends"] if one["name"] == "unloadable")
+    assert one["reasons"] == ["its kernels cannot be loaded: ImportError: libacme.so.1 is missing"]
+
+
+def test_doctor_advises_where_the_native_module_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "_is_built", lambda module: False)
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
+    build = diagnosis.diagnose()["build"]
+    assert build["native_cpu"] is False
+    assert build["advice"].startswith("install a C++17 compiler first; then install halfbyte again")
