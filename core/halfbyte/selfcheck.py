@@ -133,14 +133,15 @@ def _codes(*shape: int) -> Tensor:
 
 @functools.cache
 def _packed(format: str, blocksize: int, nested: bool) -> tuple[Tensor | None, ...]:
-    """A weight (_OUT, _IN), as the ops take it."""
-    packed, absmax = fourbit.quantize_4bit(_random(_OUT, _IN, seed=2), format, blocksize)
+    """A weight (_OUT, _IN), as the ops take it, scaled like a trained one: tolerances are for results of order one."""
+    scale = _IN**-0.5
+    packed, absmax = fourbit.quantize_4bit(_random(_OUT, _IN, seed=2) * scale, format, blocksize)
     if not nested:
         return packed, absmax, None, None, None
     codes = (torch.arange(absmax.numel()) * 37 % 256).to(torch.uint8)
     groups = -(-absmax.numel() // formats.NESTED_BLOCKSIZE)
     codebook = formats.codebook("dynamic", torch.device("cpu"))
-    return packed, codes, torch.full((groups,), 0.25), codebook, torch.tensor(1.5)
+    return packed, codes, torch.full((groups,), 0.25 * scale), codebook, torch.tensor(1.5 * scale)
 
 
 def _quantize_4bit() -> Iterator[tuple[Any, ...]]:
