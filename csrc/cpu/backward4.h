@@ -1,9 +1,8 @@
 // backward4.h: dx[m][k] = sum over n of dy[m][n] * W[n][k] over a packed 4-bit weight.
 //
 // Work      threads take slabs of columns.  kDepth weight rows of a slab are decoded in natural order into
-// L2, then
-//           kRows rows of dy are multiplied in: each weight vector is loaded once for all of them, dy is
-//           broadcast. The whole weight is never written out.
+//           L2, then kRows rows of dy are multiplied in: each weight vector is loaded once for all of them,
+//           dy is broadcast. The whole weight is never written out.
 // Bound by  the multipliers; decoding for few rows of dy.
 #pragma once
 #include "fourbit.h"

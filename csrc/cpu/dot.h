@@ -3,12 +3,10 @@
 // Layout    both operands run along k, so a weight row is used as it lies: no transposition.  A vector holds
 //           D::kStep values of k, an accumulator its partial sums, added up across lanes once per chunk.
 // Work      threads take tiles of n.  A tile of the weight is decoded chunk by chunk (kChunkBytes per row)
-// into
-//           memory that stays in L2, and blocks of D::kRows rows of `a`, which stay in L1, run over it with
-//           D::kRows * 4 accumulators.
+//           into memory that stays in L2, and blocks of D::kRows rows of `a`, which stay in L1, run over it
+//           with D::kRows * 4 accumulators.
 // D         names the arithmetic: A, B (element types), Sum (float or int32_t), Acc, load_a, load_b, step,
-// and
-//           add4, which adds four accumulators' lane sums to four numbers.
+//           and add4, which adds four accumulators' lane sums to four numbers.
 #pragma once
 #include "prelude.h"
 

@@ -1,13 +1,12 @@
 // eightbit.h: fp32, fp16, bf16 -> 8-bit codes of any ascending codebook with one absmax per block, and back.
 //
 // Encoding  code = how many of 255 thresholds the scaled value exceeds.  Threshold j is the midpoint of
-// levels j and
-//           j + 1; a tie goes to the even code, so for odd j it is the float just below the midpoint.  Floats
-//           are mapped to ordered 32-bit integers; their top half finds an entry
-//             bits 16..23  thresholds below this bucket          bits 0..15  low half of the bucket's
-//             threshold
-//           (0xffff where it has none), so one gather and one comparison decide.  A codebook with two
-//           thresholds in one bucket (1 / 128 of a power of two) takes a binary search instead.
+//           levels j and j + 1; a tie goes to the even code, so for odd j it is the float just below it.
+//           Floats are mapped to ordered 32-bit integers; their top half finds an entry
+//             bits 16..23  thresholds below this bucket
+//             bits 0..15   low half of the bucket's threshold, 0xffff where it has none
+//           so one gather and one comparison decide.  A codebook with two thresholds in one bucket (1 / 128
+//           of a power of two) takes a binary search instead.
 // Bound by  the gather; decoding by memory.
 // Agrees    bit for bit with the reference.
 #pragma once

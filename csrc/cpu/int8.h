@@ -1,12 +1,10 @@
 // int8.h: LLM.int8(): rows of x -> int8 and their maxima, the integer product, the linear layer, and back.
 //
 // Work      quantization: threads take rows.  Products: dot.h's register blocks; the integer one reads the
-// weight as
-//           it lies, without tiles or a second copy.
+//           weight as it lies, without tiles or a second copy.
 // Bound by  memory for few rows of x, the integer multipliers above.
 // Agrees    bit for bit with the reference for everything but linear_int8, whose fp32 sums round in another
-// order
-//           where there are outliers and in mode w8a16.
+//           order where there are outliers and in mode w8a16.
 // D         an integer dot of dot.h with prepare(q, k, padded, out) -> correction, see DotInt8.
 #pragma once
 #include "dot.h"

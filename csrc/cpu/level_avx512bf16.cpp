@@ -1,13 +1,12 @@
 // level_avx512bf16.cpp: the 4-bit linear layer on bf16 activations with vdpbf16ps.
 //
 // Layout    a group is 128 elements, 32 words of 16 bits; nibble s of word w is element 4 w + (s ^ 1). vpermw
-// looks
-//           a nibble up by five index bits in a table that stands twice, so nothing is masked; the pairs of
-//           words that vdpbf16ps adds up stay inside a 32-bit lane, whose eight elements share one absmax.
+//           looks a nibble up by five index bits in a table that stands twice, so nothing is masked; the
+//           pairs of words that vdpbf16ps adds up stay inside a 32-bit lane, whose eight elements share one
+//           absmax.
 // Agrees    few rows of x: levels are rounded to bf16, at a common scale chosen so that their errors cancel
-// (below),
-//           and absmax stays fp32.  More rows: each weight level * absmax is rounded to bf16 once, as the
-//           reference.
+//           (below), and absmax stays fp32.  More rows: each weight level * absmax is rounded to bf16 once,
+//           as the reference.
 #include "levels.h"
 #include "vec_avx512.h"
 #include "backward4.h"

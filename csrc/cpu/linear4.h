@@ -1,19 +1,17 @@
 // linear4.h: y = x @ W^T + bias over a packed 4-bit weight, and its gradient dx = dy @ W.
 //
 // Layout    split order: a group is 8 V::W (128 or 64) elements, one register of packed bytes.  Its 32-bit
-// lane i
-//           holds elements 8 i .. 8 i + 7, nibble s (bits 4 s ..) being element 8 i + (s ^ 1), because the
-//           earlier code of a byte is the high one.  So shifting by 4 s and looking up gives a vector of
+//           lane i holds elements 8 i .. 8 i + 7, nibble s (bits 4 s ..) being element 8 i + (s ^ 1), because
+//           the earlier code of a byte is the high one.  So shifting by 4 s and looking up gives a vector of
 //           levels without unpacking, and x is permuted once into the same order (V::split).  Blocks are
 //           multiples of 32, so a lane has one absmax if the row starts at a multiple of 8.
 // Work      up to P::kSmall rows of x: every weight row is decoded in registers, absmax applied to each
-// group's sum.
-//           Above, or where rows start elsewhere (K % 8 != 0): tiles are decoded and multiplied by dot.h.
+//           group's sum. Above, or where rows start elsewhere (K % 8 != 0): tiles are decoded and multiplied
+//           by dot.h.
 // Bound by  memory for one row of x (0.5 byte + 4 / blocksize per weight), the multipliers above.
 // Agrees    within rounding of the sums; sums are fp32 and rounded to x's type once.
 // P         names the arithmetic: Elem and Dot, kSmall, kSmallRows, kLanes elements a register, kParts
-// registers a group,
-//           levels_for, post_scale, level<s>, multiply, split_panel, decode_tile.
+//           registers a group, levels_for, post_scale, level<s>, multiply, split_panel, decode_tile.
 #pragma once
 #include "dot.h"
 #include "fourbit.h"

@@ -2,8 +2,8 @@
 //
 // Far       a tensor of kRepeats windows and a tail, where all windows are one piece of memory (Repeated).
 // Near      the same window and tail, once each: what the far call has to give for any window and for the
-// tail.
-//           A position that is cut to 32 bits leaves the tail unwritten, or hits memory without access.
+//           tail.  A position that is cut to 32 bits leaves the tail unwritten, or hits memory without
+//           access.
 // Results that are small (a row's maximum, y of one row) are ordinary memory and compared window by window.
 #include <algorithm>
 #include <cstring>
@@ -221,8 +221,7 @@ void linear_4bit_backward(Random& random, const Level& level) {
   constexpr int64_t blocks = k / kBlock, window_blocks = kWindow / kBlock;
   const Region weight(random, 4, kWindow, kTail, repeats, n), dx(random, 16, kWindow, kTail, repeats, m);
   if (!weight.ok() || !dx.ok()) return fail("no address space for the far part");
-  // All rows of the weight are one row; dx keeps what was written last, so all rows of dy are one row as
-  // well.
+  // All rows of the weight are one row; dx keeps what was written last, so all rows of dy are one too.
   const std::vector<float> absmax = numbers(random, blocks);
   const std::vector<float> near_absmax = pattern(absmax, window_blocks, 1, n);
   const std::vector<float> far_absmax = pattern(absmax, window_blocks, repeats, n);
