@@ -25,7 +25,8 @@ class Op:
     check           raises InputError where the arguments do not fit each other
     setup_context   as for torch.library.register_autograd; None where there is no gradient
     backward        the same
-    tolerance       output dtype -> (rtol, atol) against the reference, on results of order one; missing means bit equality
+    tolerance       output dtype -> (rtol, atol) against the reference, for results of order one; missing means
+                    bit equality
     namespace       of the torch op
     samples         () -> halfbyte.testing.samples.Samples: how the conformance kit calls a third-party op
     """
