@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import eightbit, fourbit, int8, linear4bit
+from . import eightbit, fourbit, int8, linear4bit, optimizer
 
-ALL = (*fourbit.OPS, *linear4bit.OPS, *eightbit.OPS, *int8.OPS)
+ALL = (*fourbit.OPS, *linear4bit.OPS, *eightbit.OPS, *int8.OPS, *optimizer.OPS)
