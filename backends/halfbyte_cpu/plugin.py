@@ -13,6 +13,7 @@ import torch
 import halfbyte
 from halfbyte.backend import Backend, EnvVar
 from halfbyte.kernel import Kernel
+from halfbyte.native import OPTIMIZERS
 
 # Lowest first; each includes the ones before it.  CPUs with BF16 dot products have VNNI too.
 LEVELS = ("scalar", "avx2", "avx512", "avx512vnni", "avx512bf16")
@@ -31,6 +32,8 @@ _LIMITS: Mapping[str, Mapping[str, Any]] = {
     "dequantize_int8": {"dtype": _FLOATS, "source": {torch.int8, torch.int32}},
     "matmul_int8": {},
     "linear_int8": {"dtype": _FLOATS, "mode": {"exact", "w8a16"}},
+    "update_32bit": {"dtype": _FLOATS, "optimizer": set(OPTIMIZERS)},
+    "update_8bit": {"dtype": _FLOATS, "optimizer": set(OPTIMIZERS)},
 }
 
 
@@ -51,7 +54,7 @@ class CpuBackend(Backend):
         return ()
 
     def kernels(self) -> Iterable[Kernel]:
-        from . import _C, kernels  # after torch, whose OpenMP runtime the module shares
+        from . import _C, kernels, optimizer  # after torch, whose OpenMP runtime the module shares
 
         built = _C.levels()
         supported = [level for level in LEVELS if level in built and _C.supports(level)]
@@ -66,14 +69,24 @@ class CpuBackend(Backend):
                 limits = dict(_LIMITS[op])
                 if level == "avx512bf16":
                     limits["dtype"] = {torch.bfloat16}
+                adapters = optimizer if op.startswith("update_") else kernels
                 yield Kernel(
                     op,
-                    functools.partial(getattr(kernels, op), native),
+                    functools.partial(getattr(adapters, op), native),
                     limits=limits,
-                    rule=_always(reasons) if reasons else None,
+                    rule=_always(reasons) if reasons else _RULES.get(op),
                     priority=rank,
                     variant=level,
                 )
+
+
+def _small_blocks(facts: Any) -> tuple[str, ...]:
+    if 1 <= facts.blocksize <= 4096:
+        return ()
+    return (f"blocksize={facts.blocksize} (takes 1 to 4096)",)
+
+
+_RULES: Mapping[str, Callable[[Any], tuple[str, ...]]] = {"update_8bit": _small_blocks}
 
 
 def _always(reasons: tuple[str, ...]) -> Callable[[Any], tuple[str, ...]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 # The codes of csrc/include/halfbyte/types.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMATS = {"nf4": 0, "fp4": 1}
+OPTIMIZERS = {"adam": 0, "ademamix": 1, "lion": 2, "momentum": 3, "rmsprop": 4, "adagrad": 5}
 
 
 def address(tensor: Tensor | None) -> int:

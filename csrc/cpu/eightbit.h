@@ -60,9 +60,47 @@ inline uint8_t search8(float s, const uint32_t* t) {
   return static_cast<uint8_t>(index);
 }
 
+// How a codebook is encoded: by `table` where there is one, by a search of the thresholds otherwise.
+struct Encoder8 {
+  const uint32_t* table;
+  uint32_t thresholds[255];
+};
+
+// The encoder for `count` values; an error text where memory is short.  A thread keeps its last table per slot,
+// as filling one costs as much as searching some thousand values.
+inline const char* encoder8(Slot slot, const float* codebook, int64_t count, Encoder8* e) {
+  struct Kept {
+    uint32_t state;  // 0: nothing yet, 1: usable, 2: two thresholds in one bucket
+    float codebook[256];
+    uint32_t table[65536];
+  };
+  thresholds8(codebook, e->thresholds);
+  e->table = nullptr;
+  if (count < 8192) return nullptr;
+  Kept* kept = static_cast<Kept*>(scratch(slot, sizeof(Kept)));
+  if (kept == nullptr) return no_memory;
+  if (kept->state == 0 || memcmp(kept->codebook, codebook, sizeof kept->codebook) != 0) {
+    memcpy(kept->codebook, codebook, sizeof kept->codebook);
+    kept->state = table8(e->thresholds, kept->table) ? 1 : 2;
+  }
+  if (kept->state == 1) e->table = kept->table;
+  return nullptr;
+}
+
+// Codes of W scaled values.
+template <class V>
+HALFBYTE_INLINE typename V::I encode(const Encoder8& e, typename V::F scaled) {
+  if (e.table != nullptr) return V::encode8(scaled, e.table);
+  float lanes[V::W];
+  uint8_t codes[V::W];
+  V::store(lanes, scaled);
+  for (int j = 0; j < V::W; ++j) codes[j] = search8(lanes[j], e.thresholds);
+  return V::load_bytes(codes);
+}
+
 template <class V, class T>
-HALFBYTE_INLINE void quantize_block8(const T* x, int64_t count, const uint32_t* table, const uint32_t* search,
-                                     uint8_t* codes, float* absmax) {
+HALFBYTE_INLINE void quantize_block8(const T* x, int64_t count, const Encoder8& encoder, uint8_t* codes,
+                                     float* absmax) {
   const float largest = block_absmax<V>(x, count);
   const float reciprocal = 1.0f / largest;
   write(absmax, largest);
@@ -77,15 +115,7 @@ HALFBYTE_INLINE void quantize_block8(const T* x, int64_t count, const uint32_t* 
     uint8_t bytes[V::W];
     const bool whole = size == V::W;
     if (!whole) memcpy(part, x + i, static_cast<size_t>(size) * sizeof(T));
-    const typename V::F s = V::mul(V::load(whole ? x + i : part), r);
-    uint8_t* to = whole ? codes + i : bytes;
-    if (search == nullptr) {
-      V::store_bytes(to, V::encode8(s, table));
-    } else {
-      float lanes[V::W];
-      V::store(lanes, s);
-      for (int j = 0; j < V::W; ++j) to[j] = search8(lanes[j], search);
-    }
+    V::store_bytes(whole ? codes + i : bytes, encode<V>(encoder, V::mul(V::load(whole ? x + i : part), r)));
     if (!whole) memcpy(codes + i, bytes, static_cast<size_t>(size));
   }
 }
@@ -93,21 +123,16 @@ HALFBYTE_INLINE void quantize_block8(const T* x, int64_t count, const uint32_t* 
 template <class V>
 const char* quantize_8bit(const void* x, DType dtype, int64_t count, const float* codebook, int64_t blocksize,
                           uint8_t* codes, float* absmax, int threads) {
-  uint32_t t[255];
-  thresholds8(codebook, t);
-  uint32_t* table = static_cast<uint32_t*>(scratch(slot_codes, 65536 * sizeof(uint32_t)));
-  if (table == nullptr) return no_memory;
-  // Filling the table costs as much as searching some thousand values.
-  const uint32_t* search = count >= 8192 && table8(t, table) ? nullptr : t;
+  Encoder8 encoder;
+  if (const char* error = encoder8(slot_codes, codebook, count, &encoder)) return error;
   expect_writes(codes, static_cast<size_t>(count));
-  return with_dtype(dtype, [=](auto* type) -> const char* {
+  return with_dtype(dtype, [=, &encoder](auto* type) -> const char* {
     const auto* values = static_cast<decltype(type)>(const_cast<void*>(x));
     const int64_t chunk = max64(1, kChunk / blocksize) * blocksize;
-    parallel_for(team(threads, count, kChunk / 8), ceil_div(count, chunk), [=](int64_t c) {
+    parallel_for(team(threads, count, kChunk / 8), ceil_div(count, chunk), [=, &encoder](int64_t c) {
       const int64_t end = min64(count, (c + 1) * chunk);
       for (int64_t i = c * chunk; i < end; i += blocksize) {
-        quantize_block8<V>(values + i, min64(blocksize, end - i), table, search, codes + i,
-                           absmax + i / blocksize);
+        quantize_block8<V>(values + i, min64(blocksize, end - i), encoder, codes + i, absmax + i / blocksize);
       }
     });
     return nullptr;

@@ -18,15 +18,6 @@ inline constexpr float kPer127Squared = 6.200012e-05f;
 
 // ---- quantize_int8_rows
 
-// One vector of a row that may be shorter; missing lanes are 0.
-template <class V, class T>
-HALFBYTE_INLINE typename V::F load_part(const T* p, int64_t size) {
-  if (size >= V::W) return V::load(p);
-  T part[V::W] = {};
-  memcpy(part, p, static_cast<size_t>(size) * sizeof(T));
-  return V::load(part);
-}
-
 // The row's maximum without outliers, whose columns are marked.
 template <class V, class T>
 HALFBYTE_INLINE float row_absmax(const T* x, int64_t k, float threshold, uint8_t* outlier_columns) {

@@ -4,6 +4,7 @@
 #include "backward4.h"
 #include "eightbit.h"
 #include "int8.h"
+#include "optimizer.h"
 
 namespace halfbyte::cpu {
 namespace {
@@ -68,6 +69,8 @@ const Level level_avx2 = {
     dequantize_int8<Avx2>,
     matmul_int8<DotInt8>,
     linear_int8<Avx2, DotInt8>,
+    update_32bit<Avx2>,
+    update_8bit<Avx2>,
 };
 
 }  // namespace halfbyte::cpu

@@ -4,6 +4,7 @@
 #include "backward4.h"
 #include "eightbit.h"
 #include "int8.h"
+#include "optimizer.h"
 
 namespace halfbyte::cpu {
 namespace {
@@ -61,6 +62,8 @@ const Level level_avx512 = {
     dequantize_int8<Avx512>,
     matmul_int8<DotInt8>,
     linear_int8<Avx512, DotInt8>,
+    update_32bit<Avx512>,
+    update_8bit<Avx512>,
 };
 
 }  // namespace halfbyte::cpu

@@ -254,8 +254,9 @@ const char* linear_4bit_backward_bf16(const void* dy, DType dtype, Weight4 weigh
 }  // namespace
 
 const Level level_avx512bf16 = {
-    "avx512bf16", nullptr, nullptr, linear_4bit_bf16, linear_4bit_backward_bf16, nullptr, nullptr,
-    nullptr,      nullptr, nullptr, nullptr,
+    "avx512bf16", nullptr, nullptr, linear_4bit_bf16, linear_4bit_backward_bf16,
+    nullptr,      nullptr, nullptr, nullptr,          nullptr,
+    nullptr,      nullptr, nullptr,
 };
 
 }  // namespace halfbyte::cpu

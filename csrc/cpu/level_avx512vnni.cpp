@@ -72,6 +72,8 @@ const Level level_avx512vnni = {
     nullptr,
     matmul_int8<DotInt8>,
     linear_int8<Avx512, DotInt8>,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace halfbyte::cpu

@@ -4,6 +4,7 @@
 #include "backward4.h"
 #include "eightbit.h"
 #include "int8.h"
+#include "optimizer.h"
 
 namespace halfbyte::cpu {
 namespace {
@@ -69,6 +70,8 @@ const Level level_scalar = {
     dequantize_int8<Plain>,
     matmul_int8<DotInt8>,
     linear_int8<Plain, DotInt8>,
+    update_32bit<Plain>,
+    update_8bit<Plain>,
 };
 
 }  // namespace halfbyte::cpu

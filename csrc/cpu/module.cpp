@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "halfbyte/cpu.h"
 
@@ -12,7 +13,10 @@ namespace py = pybind11;
 using halfbyte::DType;
 using halfbyte::Format;
 using halfbyte::cpu::Absmax;
+using halfbyte::cpu::Coefficients;
 using halfbyte::cpu::Level;
+using halfbyte::cpu::Update;
+using halfbyte::cpu::UpdateTensor;
 using halfbyte::cpu::Weight4;
 using Address = uintptr_t;
 
@@ -42,6 +46,42 @@ Weight4 weight_of(Address packed, Address absmax, Address nested, Address codebo
           {at(absmax), at<const float>(nested), at<const float>(codebook), at<const float>(offset)},
           static_cast<Format>(format),
           blocksize};
+}
+
+// Numbers of one call in the order of kernels.py: 13 fp32 coefficients, norm, grad_scale, trust, trust_eps.
+constexpr size_t kNumbers = 17;
+// Of each tensor: param, grad, state1, state2, absmax1, slow, absmax2, count, key.
+constexpr size_t kFields = 9;
+
+Update update_of(int optimizer, int dtype, const std::vector<double>& v, bool skip_zeros, bool stochastic,
+                 const std::vector<UpdateTensor>& tensors) {
+  const auto f = [&](size_t i) { return static_cast<float>(v[i]); };
+  const Coefficients c = {f(0), f(1), f(2), f(3),  f(4),  f(5),  f(6),
+                          f(7), f(8), f(9), f(10), f(11), f(12), v[13]};
+  return {static_cast<halfbyte::Optimizer>(optimizer),
+          dtype_of(dtype),
+          c,
+          f(14),
+          v[15],
+          v[16],
+          skip_zeros,
+          stochastic,
+          0,
+          nullptr,
+          nullptr,
+          tensors.data(),
+          static_cast<int64_t>(tensors.size())};
+}
+
+std::vector<UpdateTensor> tensors_of(const std::vector<uint64_t>& fields) {
+  std::vector<UpdateTensor> tensors;
+  tensors.reserve(fields.size() / kFields);
+  for (size_t i = 0; i + kFields <= fields.size(); i += kFields) {
+    const uint64_t* t = fields.data() + i;
+    tensors.push_back({at(t[0]), at(t[1]), at(t[2]), at(t[3]), at<float>(t[4]), at<float>(t[5]),
+                       at<float>(t[6]), static_cast<int64_t>(t[7]), static_cast<uint32_t>(t[8])});
+  }
+  return tensors;
 }
 
 py::dict functions_of(const Level* level) {
@@ -123,6 +163,26 @@ py::dict functions_of(const Level* level) {
           return f(at(x), dtype_of(dtype), at<const int8_t>(weight), at<const float>(weight_absmax), at(bias),
                    threshold, exact, m, n, k, at(y), threads);
         });
+      });
+  add("update_32bit", level->update_32bit,
+      [f = level->update_32bit](int optimizer, int dtype, const std::vector<double>& numbers, bool skip_zeros,
+                                bool stochastic, const std::vector<uint64_t>& fields, int threads) {
+        if (numbers.size() != kNumbers) throw std::invalid_argument("an update has 17 numbers");
+        const std::vector<UpdateTensor> tensors = tensors_of(fields);
+        const Update update = update_of(optimizer, dtype, numbers, skip_zeros, stochastic, tensors);
+        call([&] { return f(update, threads); });
+      });
+  add("update_8bit", level->update_8bit,
+      [f = level->update_8bit](int optimizer, int dtype, const std::vector<double>& numbers, bool skip_zeros,
+                               bool stochastic, const std::vector<uint64_t>& fields, int64_t blocksize,
+                               Address codebook1, Address codebook2, int threads) {
+        if (numbers.size() != kNumbers) throw std::invalid_argument("an update has 17 numbers");
+        const std::vector<UpdateTensor> tensors = tensors_of(fields);
+        Update update = update_of(optimizer, dtype, numbers, skip_zeros, stochastic, tensors);
+        update.blocksize = blocksize;
+        update.codebook1 = at<const float>(codebook1);
+        update.codebook2 = at<const float>(codebook2);
+        call([&] { return f(update, threads); });
       });
   return all;
 }

@@ -67,6 +67,23 @@ HALFBYTE_INLINE void parallel_for(int threads, int64_t count, const Function& f)
   for (int64_t i = 0; i < count; ++i) f(i);
 }
 
+// One vector of which `size` lanes are there: missing ones are read as 0 and not written.
+template <class V, class T>
+HALFBYTE_INLINE typename V::F load_part(const T* p, int64_t size) {
+  if (size >= V::W) return V::load(p);
+  T part[V::W] = {};
+  memcpy(part, p, static_cast<size_t>(size) * sizeof(T));
+  return V::load(part);
+}
+
+template <class V, class T>
+HALFBYTE_INLINE void store_part(T* p, int64_t size, typename V::F a) {
+  if (size >= V::W) return V::store(p, a);
+  T part[V::W];
+  V::store(part, a);
+  memcpy(p, part, static_cast<size_t>(size) * sizeof(T));
+}
+
 // Calls f with a typed null pointer that carries the element type.
 template <class Function>
 HALFBYTE_INLINE const char* with_dtype(DType dtype, const Function& f) {
@@ -80,6 +97,14 @@ HALFBYTE_INLINE const char* with_dtype(DType dtype, const Function& f) {
   }
   return "dtype must be float32, float16 or bfloat16";
 }
+
+// The type behind such a pointer.
+template <class Pointer>
+struct Pointed;
+template <class T>
+struct Pointed<T*> {
+  using Type = T;
+};
 
 }  // namespace
 }  // namespace halfbyte::cpu

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -43,7 +44,10 @@ void* scratch(Slot slot, size_t bytes) {
     const size_t size = (bytes + bytes / 8 + 4096 + 63) / 64 * 64;
     b.data[slot] = std::aligned_alloc(64, size);
     b.size[slot] = b.data[slot] != nullptr ? size : 0;
-    if (b.data[slot] != nullptr) expect_writes(b.data[slot], size);
+    if (b.data[slot] != nullptr) {
+      expect_writes(b.data[slot], size);
+      std::memset(b.data[slot], 0, 64);
+    }
   }
   return b.data[slot];
 }

@@ -4,10 +4,20 @@
 
 namespace halfbyte::cpu {
 
-enum Slot : int { slot_panel, slot_tile, slot_sums, slot_absmax, slot_codes, slot_extra, slot_count };
+enum Slot : int {
+  slot_panel,
+  slot_tile,
+  slot_sums,
+  slot_absmax,
+  slot_codes,
+  slot_codes2,
+  slot_extra,
+  slot_count
+};
 
 // At least `bytes` bytes, aligned to 64, valid until this thread asks for the same slot again; nullptr when
-// memory is short.  Small requests keep their memory for the next call, so the hot path never allocates.
+// memory is short.  Small requests keep their memory for the next call, so the hot path never allocates.  New
+// memory begins with 64 zero bytes.
 void* scratch(Slot slot, size_t bytes);
 
 // Asks for huge pages under a large buffer that is about to be written.  A fresh allocation is otherwise

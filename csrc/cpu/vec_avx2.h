@@ -52,6 +52,14 @@ struct Avx2 {
   static HALFBYTE_INLINE F set1(float x) { return _mm256_set1_ps(x); }
   static HALFBYTE_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static HALFBYTE_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static HALFBYTE_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static HALFBYTE_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static HALFBYTE_INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static HALFBYTE_INLINE F sign(F a) {
+    const F one = _mm256_or_ps(_mm256_and_ps(a, set1(-0.0f)), set1(1.0f));
+    return _mm256_blendv_ps(_mm256_add_ps(a, _mm256_setzero_ps()), one,
+                            _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_OQ));
+  }
   static HALFBYTE_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static HALFBYTE_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   // maxps returns its second operand where either is NaN.
@@ -75,10 +83,33 @@ struct Avx2 {
   static HALFBYTE_INLINE uint32_t mask_ge(F a, F b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
   }
+  static HALFBYTE_INLINE uint32_t mask_finite(F a) {
+    const F infinity = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(abs(a), infinity, _CMP_LT_OQ)));
+  }
+  static HALFBYTE_INLINE uint32_t mask_zero(F a) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ)));
+  }
+  static HALFBYTE_INLINE F where(uint32_t mask, F a, F b) {
+    const I bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const I hit = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit), bit);
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(hit));
+  }
   static HALFBYTE_INLINE F zero_where(uint32_t mask, F a) {
     const I bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const I hit = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit), bit);
     return _mm256_andnot_ps(_mm256_castsi256_ps(hit), a);
+  }
+  static HALFBYTE_INLINE I nudge(I codes, F s, int negative) {
+    const F zero = _mm256_setzero_ps();
+    const I below = _mm256_cmpgt_epi32(_mm256_set1_epi32(negative), codes);
+    const I above_zero = _mm256_castps_si256(_mm256_cmp_ps(s, zero, _CMP_GT_OQ));
+    const I below_zero = _mm256_castps_si256(_mm256_cmp_ps(s, zero, _CMP_LT_OQ));
+    const I up = _mm256_and_si256(below, above_zero), down = _mm256_andnot_si256(below, below_zero);
+    return _mm256_min_epi32(_mm256_add_epi32(_mm256_sub_epi32(codes, up), down), _mm256_set1_epi32(255));
+  }
+  static HALFBYTE_INLINE I load_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
   static HALFBYTE_INLINE void store_bytes(uint8_t* p, I a) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));

@@ -50,6 +50,14 @@ struct Avx512 {
   static HALFBYTE_INLINE F set1(float x) { return _mm512_set1_ps(x); }
   static HALFBYTE_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static HALFBYTE_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static HALFBYTE_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static HALFBYTE_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static HALFBYTE_INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static HALFBYTE_INLINE F sign(F a) {
+    const F one = _mm512_or_ps(_mm512_and_ps(a, set1(-0.0f)), set1(1.0f));
+    const F zero = _mm512_setzero_ps();
+    return _mm512_mask_mov_ps(_mm512_add_ps(a, zero), _mm512_cmp_ps_mask(a, zero, _CMP_NEQ_OQ), one);
+  }
   static HALFBYTE_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static HALFBYTE_INLINE F abs(F a) { return _mm512_abs_ps(a); }
   // maxps returns its second operand where either is NaN.
@@ -76,8 +84,30 @@ struct Avx512 {
     _mm_storeu_si128(p, _mm_add_epi32(_mm_loadu_si128(p), sums));
   }
   static HALFBYTE_INLINE uint32_t mask_ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static HALFBYTE_INLINE uint32_t mask_finite(F a) {
+    const F infinity = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000));
+    return _mm512_cmp_ps_mask(abs(a), infinity, _CMP_LT_OQ);
+  }
+  static HALFBYTE_INLINE uint32_t mask_zero(F a) {
+    return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_EQ_OQ);
+  }
+  static HALFBYTE_INLINE F where(uint32_t mask, F a, F b) {
+    return _mm512_mask_mov_ps(a, static_cast<__mmask16>(mask), b);
+  }
   static HALFBYTE_INLINE F zero_where(uint32_t mask, F a) {
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(~mask), a);
+  }
+  static HALFBYTE_INLINE I nudge(I codes, F s, int negative) {
+    const F zero = _mm512_setzero_ps();
+    const I one = _mm512_set1_epi32(1);
+    const __mmask16 below = _mm512_cmplt_epi32_mask(codes, _mm512_set1_epi32(negative));
+    const __mmask16 up = _mm512_mask_cmp_ps_mask(below, s, zero, _CMP_GT_OQ);
+    const __mmask16 down = _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(~below), s, zero, _CMP_LT_OQ);
+    codes = _mm512_mask_sub_epi32(_mm512_mask_add_epi32(codes, up, codes, one), down, codes, one);
+    return _mm512_min_epi32(codes, _mm512_set1_epi32(255));
+  }
+  static HALFBYTE_INLINE I load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static HALFBYTE_INLINE void store_bytes(uint8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));

@@ -89,6 +89,23 @@ struct Plain {
     HALFBYTE_LANES a.v[i] += b.v[i];
     return a;
   }
+  static F sub(F a, F b) {
+    HALFBYTE_LANES a.v[i] -= b.v[i];
+    return a;
+  }
+  static F div(F a, F b) {
+    HALFBYTE_LANES a.v[i] /= b.v[i];
+    return a;
+  }
+  static F sqrt(F a) {
+    HALFBYTE_LANES a.v[i] = __builtin_sqrtf(a.v[i]);
+    return a;
+  }
+  // -1, +0 or 1; NaN stays.
+  static F sign(F a) {
+    HALFBYTE_LANES a.v[i] = a.v[i] > 0.0f ? 1.0f : a.v[i] < 0.0f ? -1.0f : a.v[i] + 0.0f;
+    return a;
+  }
   static F fma(F a, F b, F c) {
     HALFBYTE_LANES c.v[i] += a.v[i] * b.v[i];
     return c;
@@ -122,9 +139,39 @@ struct Plain {
     HALFBYTE_LANES r |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
     return r;
   }
+  // Bit i: lane i is finite, is zero.
+  static uint32_t mask_finite(F a) {
+    uint32_t r = 0;
+    HALFBYTE_LANES r |= static_cast<uint32_t>((as_bits(a.v[i]) & 0x7f800000u) != 0x7f800000u) << i;
+    return r;
+  }
+  static uint32_t mask_zero(F a) {
+    uint32_t r = 0;
+    HALFBYTE_LANES r |= static_cast<uint32_t>(a.v[i] == 0.0f) << i;
+    return r;
+  }
+  // b in the lanes of the mask, a elsewhere.
+  static F where(uint32_t mask, F a, F b) {
+    HALFBYTE_LANES a.v[i] = (mask >> i) & 1u ? b.v[i] : a.v[i];
+    return a;
+  }
   static F zero_where(uint32_t mask, F a) {
     HALFBYTE_LANES a.v[i] = (mask >> i) & 1u ? 0.0f : a.v[i];
     return a;
+  }
+  // One up where a negative code (one below `negative`) stands for s > 0, one down in the opposite case.
+  static I nudge(I codes, F s, int negative) {
+    HALFBYTE_LANES {
+      const bool below = codes.v[i] < negative;
+      codes.v[i] += below && s.v[i] > 0.0f && codes.v[i] < 255 ? 1 : 0;
+      codes.v[i] -= !below && s.v[i] < 0.0f ? 1 : 0;
+    }
+    return codes;
+  }
+  static I load_bytes(const uint8_t* p) {
+    I r;
+    HALFBYTE_LANES r.v[i] = p[i];
+    return r;
   }
   static void store_bytes(uint8_t* p, I a) { HALFBYTE_LANES p[i] = static_cast<uint8_t>(a.v[i]); }
   // rint(a) clamped to +-127, NaN as 0.

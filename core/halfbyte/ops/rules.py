@@ -93,11 +93,16 @@ class Rule:
 # Products and sums are rounded one by one, without fused multiply-add, so that a kernel can agree bit for bit.
 
 
+def _root(v: Tensor) -> Tensor:
+    """The correctly rounded float32 square root; torch's own may be MKL's, which is an ulp off at places."""
+    return v.double().sqrt().float()
+
+
 def _adam(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, States]:
     m, v = states
     m = m * c.beta1 + g * c.rest1
     v = v * c.beta2 + (g * g) * c.rest2
-    return m / (v.sqrt() + c.eps), (m, v)
+    return m / (_root(v) + c.eps), (m, v)
 
 
 def _ademamix(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, States]:
@@ -105,12 +110,13 @@ def _ademamix(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, State
     fast = fast * c.beta1 + g * c.rest1
     slow = slow * c.beta3 + g * c.rest3
     v = v * c.beta2 + (g * g) * c.rest2
-    return (fast * c.inverse1 + slow * c.alpha) / (v.sqrt() * c.inverse2 + c.eps), (fast, slow, v)
+    return (fast * c.inverse1 + slow * c.alpha) / (_root(v) * c.inverse2 + c.eps), (fast, slow, v)
 
 
 def _lion(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, States]:
     (m,) = states
-    return (m * c.beta1 + g * c.rest1).sign(), (m * c.beta2 + g * c.rest2,)
+    mixed = m * c.beta1 + g * c.rest1
+    return torch.where(mixed.isnan(), mixed, mixed.sign()), (m * c.beta2 + g * c.rest2,)
 
 
 def _momentum(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, States]:
@@ -122,13 +128,13 @@ def _momentum(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, State
 def _rmsprop(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, States]:
     (v,) = states
     v = v * c.beta1 + (g * g) * c.rest1
-    return g / (v.sqrt() + c.eps), (v,)
+    return g / (_root(v) + c.eps), (v,)
 
 
 def _adagrad(c: Coefficients, g: Tensor, states: States) -> tuple[Tensor, States]:
     (v,) = states
     v = v + g * g
-    return g / (v.sqrt() + c.eps), (v,)
+    return g / (_root(v) + c.eps), (v,)
 
 
 RULES = {

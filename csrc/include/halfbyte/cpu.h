@@ -25,6 +25,42 @@ struct Weight4 {
   int64_t blocksize;  // a power of two, 32 .. 4096
 };
 
+// The numbers of one step, see Coefficients in ops/rules.py; `norm` and what trust factors need stay in fp64.
+struct Coefficients {
+  float beta1, rest1, beta2, rest2, beta3, rest3, alpha, decay, coupled, size, eps, inverse1, inverse2;
+  double norm;
+};
+
+// One parameter of an update.  States are fp32, or uint8 codes with absmax; a state that the optimizer does not
+// keep is nullptr.  `slow` is the second half of AdEMAMix's absmax1; `key` draws the bits of stochastic
+// rounding.
+struct UpdateTensor {
+  void* param;
+  const void* grad;
+  void* state1;
+  void* state2;
+  float* absmax1;
+  float* slow;
+  float* absmax2;
+  int64_t count;
+  uint32_t key;
+};
+
+// One step over `size` tensors.  trust: max_unorm, 0 for none; trust_eps: what one-state optimizers add to it.
+struct Update {
+  Optimizer optimizer;
+  DType dtype;
+  Coefficients c;
+  float grad_scale;
+  double trust, trust_eps;
+  bool skip_zeros, stochastic;
+  int64_t blocksize;
+  const float* codebook1;
+  const float* codebook2;
+  const UpdateTensor* tensors;
+  int64_t size;
+};
+
 // A function that a level lacks is nullptr: the caller takes a lower level's.
 struct Level {
   const char* name;
@@ -51,6 +87,8 @@ struct Level {
   const char* (*linear_int8)(const void* x, DType dtype, const int8_t* weight, const float* weight_absmax,
                              const void* bias, float threshold, bool exact, int64_t m, int64_t n, int64_t k,
                              void* y, int threads);
+  const char* (*update_32bit)(const Update& update, int threads);
+  const char* (*update_8bit)(const Update& update, int threads);
 };
 
 // The built levels, lowest first; `count` receives how many.
