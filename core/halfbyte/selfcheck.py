@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import _runtime, choosing, formats
 from .errors import HalfbyteError, HalfbytePerformanceWarning
 from .kernel import show
 from .op import Op
-from .ops import checks, fourbit, int8
+from .ops import checks, fourbit, int8, rules
 
 DTYPES = checks.FLOATS
 
@@ -69,15 +70,15 @@ def run_case(op: Op, case: Case, device: torch.device | str) -> Result:
     where = (op.name, str(device), case.label)
     ran: tuple[str | None, str] = (None, "")
     try:
-        args = on_device(case.args, device)
+        args, kept = on_device(case.args, device), on_device(case.args, "cpu")
         decision = choosing.explain(op, *args)
         if decision.backend is None:
             return Result(*where, *ran, False, str(decision), decision.tried)
         ran = (decision.backend, decision.variant)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfbytePerformanceWarning)  # the result says which backend ran
-            got = _runtime.callers[op.name](*args)
-        wrong = differences(op, got, op.reference(*case.args))
+            got = results(op, _runtime.callers[op.name], args)
+        wrong = differences(op, got, results(op, op.reference, kept))
     except HalfbyteError as error:
         return Result(*where, *ran, False, str(error))
     except Exception as error:  # a kernel may raise anything; doctor goes on
@@ -88,7 +89,7 @@ def run_case(op: Op, case: Case, device: torch.device | str) -> Result:
 
 def differences(op: Op, got: Any, expected: Any) -> tuple[str, ...]:
     """How a result departs from the reference's: equality, or the op's tolerance where it has one for the dtype."""
-    got, expected = _tensors(got), _tensors(expected)
+    got, expected = tuple(pytree.tree_leaves(got)), tuple(pytree.tree_leaves(expected))
     if len(got) != len(expected):
         return (f"{len(got)} results instead of {len(expected)}",)
     return tuple(
@@ -99,12 +100,21 @@ def differences(op: Op, got: Any, expected: Any) -> tuple[str, ...]:
 
 
 def on_device(args: tuple[Any, ...], device: torch.device | str) -> tuple[Any, ...]:
-    """The same arguments with all tensors on a device."""
-    return tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
+    """Copies of the same arguments on a device."""
+    return tuple(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, copy=True), list(args)))
 
 
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+def written(op: Op) -> list[int]:
+    """Positions of the arguments that the op writes to."""
+    schema = torch._C.parse_schema(f"{op.namespace}::{op.name}{op.schema}")
+    return [i for i, arg in enumerate(schema.arguments) if arg.alias_info is not None and arg.alias_info.is_write]
+
+
+def results(op: Op, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Everything that a call gives: what it returns, then what it wrote to."""
+    returned = function(*args)
+    given = [returned, *(args[i] for i in written(op))]
+    return tuple(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
 
 
 def _difference(op: Op, got: Tensor, expected: Tensor) -> str:
@@ -226,6 +236,42 @@ def _linear_int8() -> Iterator[tuple[Any, ...]]:
                 yield label, _activations(dtype), weight, absmax, bias, threshold, mode
 
 
+def _parameters(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    return [_random(700, dtype=dtype), _random(5, dtype=dtype, seed=1)], [
+        _random(700, dtype=dtype, seed=10),
+        _random(5, dtype=dtype, seed=11),
+    ]
+
+
+def _hyper(optimizer: str) -> tuple[Any, ...]:
+    rate, schedule = torch.tensor(0.01, dtype=torch.float64), 50 if optimizer == "ademamix" else 0
+    return torch.tensor(3), rate, None, [0.9, 0.99, 0.999], 1e-8, 0.1, 5.0, schedule, schedule, 0.0, False, []
+
+
+def _update_32bit() -> Iterator[tuple[Any, ...]]:
+    for dtype in DTYPES:
+        for optimizer, rule in rules.RULES.items():
+            params, grads = _parameters(dtype)
+            one = [_random(rule.states[0] * param.numel(), seed=12).abs() for param in params]
+            two = [_random(param.numel(), seed=13).abs() for param in params] if rule.states[1] else []
+            yield f"{show(dtype)}, {optimizer}", optimizer, params, grads, one, two, *_hyper(optimizer)
+
+
+def _update_8bit() -> Iterator[tuple[Any, ...]]:
+    signed, unsigned = (formats.codebook(name, torch.device("cpu")) for name in formats.codebook_names())
+    for dtype in DTYPES:
+        for optimizer, rule in rules.RULES.items():
+            params, grads = _parameters(dtype)
+            first, second = rule.states
+            # Codes from 127 on: no negative second moments in the signed codebook.
+            one = [(torch.arange(first * param.numel()) * 89 % 128 + 127).to(torch.uint8) for param in params]
+            two = [(torch.arange(param.numel()) * 37 % 256).to(torch.uint8) for param in params] if second else []
+            scales = [_random(first * -(-param.numel() // 256), seed=14).abs() for param in params]
+            more = [_random(-(-param.numel() // 256), seed=15).abs() for param in params] if second else []
+            states = (one, scales, signed, two, more, unsigned if second else None, 256)
+            yield f"{show(dtype)}, {optimizer}", optimizer, params, grads, *states, *_hyper(optimizer)
+
+
 _CASES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "quantize_4bit": _quantize_4bit,
     "dequantize_4bit": _dequantize_4bit,
@@ -237,4 +283,6 @@ _CASES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "dequantize_int8": _dequantize_int8,
     "matmul_int8": _matmul_int8,
     "linear_int8": _linear_int8,
+    "update_32bit": _update_32bit,
+    "update_8bit": _update_8bit,
 }

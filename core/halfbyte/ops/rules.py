@@ -164,7 +164,7 @@ def coefficients(optimizer: str, step: Number, lr: Number, hyper: Hyper) -> Coef
         slow = _least(torch.exp(exponent) if isinstance(exponent, Tensor) else math.exp(exponent), beta3)
     first: Number = beta1
     if optimizer == "momentum":
-        first = torch.where(step == 1, 0.0, beta1) if isinstance(step, Tensor) else (0.0 if step == 1 else beta1)
+        first = (step != 1).to(step.dtype) * beta1 if isinstance(step, Tensor) else (step != 1) * beta1
     adam = optimizer == "adam"
     return Coefficients(
         beta1=first,

@@ -20,6 +20,8 @@ from ..choosing import use_backend
 from ..decision import Decision
 from ..kernel import Kernel, show
 from ..op import Op
+from ..selfcheck import results as results
+from ..selfcheck import written as written
 from . import samples
 from .draw import Draw
 
@@ -149,7 +151,7 @@ def situations(target: Target, kernel: Kernel, *, typical: bool) -> Iterator[Cas
         # Where the rule refuses a typical row, one that differs in a single fact may stand in.
         for one in (row, *(_replaced(row, columns) if typical else ())):
             facts = op.Facts(target.device, *one)
-            if one not in seen and not kernel.why_not(facts, target.facts):
+            if one not in seen and found.possible(facts) and not kernel.why_not(facts, target.facts):
                 seen.add(one)
                 yield Case(target, kernel, op, facts)
                 break
@@ -225,19 +227,6 @@ def _expected(op: Op, facts: Any, size: str, values: str) -> tuple[Tensor, ...]:
 
 def to_device(args: samples.Args, device: torch.device) -> samples.Args:
     return tuple(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), list(args)))
-
-
-def written(op: Op) -> list[int]:
-    """Positions of the arguments that the op writes to."""
-    schema = torch_op(op)._schema
-    return [i for i, arg in enumerate(schema.arguments) if arg.alias_info is not None and arg.alias_info.is_write]
-
-
-def results(op: Op, function: Any, args: samples.Args) -> tuple[Tensor, ...]:
-    """Everything that a call gives: what it returns, then what it wrote to."""
-    returned = function(*args)
-    given = [returned, *(args[i] for i in written(op))]
-    return tuple(leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
 
 
 def forced(target: Target, *, fallback: bool = False) -> AbstractContextManager[None]:

@@ -87,6 +87,7 @@ class Placed:
 
     def __init__(self, args: Sequence[Any], fill: int) -> None:
         self.outer: list[Tensor] = []
+        self._sizes: list[int] = []
         self.args: tuple[Any, ...] = tuple(pytree.tree_map_only(Tensor, lambda one: self._place(one, fill), list(args)))
         self._before = [outer.clone() for outer in self.outer]
 
@@ -96,7 +97,17 @@ class Placed:
         inner = outer[GUARD : GUARD + n_bytes].view(tensor.dtype).view(tensor.shape)
         inner.copy_(tensor)
         self.outer.append(outer)
+        self._sizes.append(n_bytes)
         return inner
+
+    def overwritten(self) -> list[int]:
+        """Positions (among the tensors) whose guard words are not as they were."""
+        found = []
+        for i, (now, then, size) in enumerate(zip(self.outer, self._before, self._sizes)):
+            head, tail = slice(GUARD), slice(GUARD + size, None)
+            if not (torch.equal(now[head], then[head]) and torch.equal(now[tail], then[tail])):
+                found.append(i)
+        return found
 
     def changed(self) -> list[int]:
         """Positions (among the tensors) whose storage is not as it was, guard words included."""

@@ -290,6 +290,46 @@ def result_reused(reference: Wrong, *args: Any) -> Any:
     return kept[: found.numel()].view(found.shape)
 
 
+# -- optimizers ----------------------------------------------------------------------------------------------
+
+
+@mutant("update_32bit")
+def step_counted_from_zero(reference: Wrong, *args: Any) -> Any:
+    return reference(*args[:5], args[5] - 1, *args[6:])
+
+
+@mutant("update_32bit")
+def zero_gradients_not_skipped(reference: Wrong, *args: Any) -> Any:
+    return reference(*args[:15], False, *args[16:])
+
+
+@mutant("update_32bit", {"trust": {True, False}})
+def trust_factor_ignored(reference: Wrong, *args: Any) -> Any:
+    return reference(*args[:14], 0.0, *args[15:])
+
+
+@mutant("update_8bit")
+def absmax_not_written(reference: Wrong, *args: Any) -> Any:
+    return reference(*args[:4], [one.clone() for one in args[4]], *args[5:])
+
+
+@mutant("update_8bit")
+def slow_momentum_scaled_as_the_fast_one(reference: Wrong, *args: Any) -> Any:
+    """What bitsandbytes' CUDA kernel does where the blocks do not divide the parameter."""
+    if args[0] == "ademamix":
+        for absmax in args[4]:
+            absmax[1] = absmax[0]
+    return reference(*args)
+
+
+@mutant("update_8bit")
+def not_a_number_spreads(reference: Wrong, *args: Any) -> Any:
+    reference(*args)
+    for param, grad in zip(args[1], args[2]):
+        if not grad.isfinite().all():
+            param.fill_(float("nan"))
+
+
 # -- behaviour -----------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import formats
 from ..op import Op
+from . import samples_optimizer
 from .draw import Draw
 
 Args = tuple[Any, ...]
@@ -32,6 +33,7 @@ class Samples:
     make        (facts, size, draw) -> arguments on the CPU whose facts are those
     values      what `draw.floats` may be filled with, see draw.VALUES
     specified   (arguments, results) -> results with everything that no format specifies set to zero
+    possible    facts -> whether the op takes that combination
     """
 
     domain: Mapping[str, tuple[object, ...]]
@@ -39,6 +41,7 @@ class Samples:
     make: Callable[[Any, Size, Draw], Args]
     values: tuple[str, ...] = ("normal",)
     specified: Callable[[Args, tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda args, results: results
+    possible: Callable[[Any], bool] = lambda facts: True
 
 
 def of(op: Op) -> Samples | None:
@@ -250,4 +253,14 @@ SAMPLES: Mapping[str, Samples] = {
         _make_linear_int8,
         _PLAIN,
     ),
+    **{
+        name: Samples(
+            samples_optimizer.DOMAINS[name],
+            samples_optimizer.sizes,
+            make,
+            samples_optimizer.VALUES,
+            possible=samples_optimizer.possible,
+        )
+        for name, make in (("update_32bit", samples_optimizer.make_32bit), ("update_8bit", samples_optimizer.make_8bit))
+    },
 }

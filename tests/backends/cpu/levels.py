@@ -10,6 +10,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 try:
     from halfbyte_cpu import _C
     from halfbyte_cpu import kernels as adapters
+    from halfbyte_cpu import optimizer as updates
 except ImportError:  # a pure-Python build
     _C = None
 
@@ -19,7 +20,7 @@ def kernels(op):
     if _C is None:
         return []
     return [
-        (level, functools.partial(getattr(adapters, op), functions[op]))
+        (level, functools.partial(getattr(updates if op.startswith("update_") else adapters, op), functions[op]))
         for level, functions in _C.levels().items()
         if op in functions and _C.supports(level)
     ]

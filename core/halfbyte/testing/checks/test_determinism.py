@@ -28,8 +28,8 @@ def test_kernel_runs_in_several_threads(typical: cases.Case) -> None:
 
     def work(size: str) -> None:
         try:
-            args = typical.args(size)
             for _ in range(4):
+                args = typical.args(size)  # anew, as the op may write to them
                 found: tuple[Tensor, ...] = cases.results(typical.op, typical.kernel.function, args)
                 if not compare.same_bits(found, alone[size]):
                     wrong.append(f"size {size}: other bits than alone")

@@ -31,7 +31,8 @@ def inside(target: cases.Target, kernel: Kernel) -> Iterator[cases.Case]:
 def outside(case: cases.Case, fact: str, found: samples.Samples) -> list[Any]:
     """The case's facts with one value that the op takes and the kernel does not."""
     values = [value for value in found.domain[fact] if value not in case.kernel.limits[fact]]
-    return [case.facts._replace(**{fact: value}) for value in values]
+    beyond = [case.facts._replace(**{fact: value}) for value in values]
+    return [facts for facts in beyond if found.possible(facts)]
 
 
 def test_step_outside_a_limit_gives_a_reason(target: cases.Target, limit: tuple[Kernel, str]) -> None:

@@ -13,6 +13,8 @@ def guarded(case: cases.Case, size: str, fill: int) -> tuple[tuple[Tensor, ...],
     with guard.Arena(fill) as arena:
         found = cases.results(case.op, case.kernel.function, placed.args)
     wrong = arena.overwritten()
+    if over := placed.overwritten():
+        wrong = wrong or f"writes outside argument {over[0]}"
     if not cases.written(case.op):
         tensors = [arg for arg in placed.args if isinstance(arg, Tensor)]
         own = {tensor.untyped_storage().data_ptr() for tensor in tensors}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..._runtime import dispatcher
 from ...kernel import show
@@ -65,6 +66,8 @@ def plan() -> tuple[Vector, ...]:
     rounded = "partial odd/edges many/ties odd/nan one/zeros odd/tiny"
     plain = ("quantize_4bit", (_DTYPES, formats, (64,)), rounded)
     wide = ("quantize_4bit", ((_BF16,), formats, (32, 128, 256, 512, 1024, 2048, 4096)), "partial")
+    optimizers = ("adam", "ademamix", "lion", "momentum", "rmsprop", "adagrad")
+    bounded = ("adam", "momentum", "rmsprop")  # by a trust factor
     linear = ((_F32, _F16, _BF16), formats, (64,), (False, True))
     return tuple(
         vector
@@ -82,6 +85,10 @@ def plan() -> tuple[Vector, ...]:
             ("dequantize_int8", (_DTYPES, (torch.int8, torch.int32)), "usual partial odd"),
             ("matmul_int8", (), "usual partial many"),
             ("linear_int8", (_DTYPES, ("exact", "w8a16"), (False, True)), "usual partial"),
+            ("update_32bit", ((_F32, _BF16), optimizers, (False,), (False,)), "odd"),
+            ("update_32bit", ((_F32,), bounded, (True,), (False,)), "odd"),
+            ("update_8bit", ((_F32, _BF16), optimizers, (64,), (False,), (False,)), "partial odd"),
+            ("update_8bit", ((_F32,), bounded, (256,), (True,), (False,)), "odd"),
         )
         for vector in _vectors(op, columns, kinds)
     )
@@ -90,7 +97,7 @@ def plan() -> tuple[Vector, ...]:
 def checksum(args: samples.Args) -> str:
     """Of all arguments: a changed sample is told apart from a wrong kernel."""
     crc = 0
-    for arg in args:
+    for arg in pytree.tree_leaves(list(args)):
         data = bytes(compare.as_bytes(arg).numpy()) if isinstance(arg, Tensor) else show(arg).encode()
         crc = zlib.crc32(data, crc)
     return f"{crc:08x}"

@@ -51,6 +51,8 @@ def compute(op: str, args: tuple[Any, ...], facts: Any) -> list[Tensor]:
 
 
 def _numpy(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_numpy(one) for one in arg]
     if not isinstance(arg, Tensor):
         return arg
     return (arg.float() if arg.is_floating_point() else arg).numpy()
@@ -212,6 +214,102 @@ def _linear_int8(x: Array, weight: Array, absmax: Array, bias: Array, threshold:
     return [y.reshape(*x.shape[:-1], len(weight))]
 
 
+# -- optimizers ----------------------------------------------------------------------------------------------
+
+
+def _moved(name: str, p: Array, g: Array, old: list[Array], hyper: list[Any]) -> tuple[Array, list[Array]]:
+    """One step of one flat parameter in float32, each operation rounded; the scalars are float64 before."""
+    step, lr, scale, betas, eps, decay, alpha, t_alpha, t_beta3, max_unorm, skip_zeros, _ = hyper
+    t, lr = int(step), float(lr)
+    b1, b2, b3 = betas
+    c1, c2 = 1 - b1**t, np.sqrt(1 - b2**t)
+    scaled = g if scale is None else g * F(scale)
+    coupled = name in ("momentum", "rmsprop", "adagrad")
+    g = scaled + p * F(decay) if coupled else scaled
+    shrunk = p if coupled else p * F(1 - lr * decay)
+    size, correction = lr, 1.0
+    if name == "adam":
+        m, v = old[0] * F(b1) + g * F(1 - b1), old[1] * F(b2) + g * g * F(1 - b2)
+        size, correction = lr * c2 / c1, c2 / c1
+        new, u = [m, v], m / (np.sqrt(v) + F(eps * c2))
+    elif name == "ademamix":
+        a = min(t * alpha / t_alpha, alpha)
+        x = t / t_beta3
+        slow = min(np.exp(np.log(b1) * np.log(b3) / ((1 - x) * np.log(b3) + x * np.log(b1))), b3)
+        m1, m2 = old[0] * F(b1) + g * F(1 - b1), old[1] * F(slow) + g * F(1 - slow)
+        v = old[2] * F(b2) + g * g * F(1 - b2)
+        new, u = [m1, m2, v], (m1 * F(1 / c1) + m2 * F(a)) / (np.sqrt(v) * F(1 / c2) + F(eps))
+    elif name == "lion":
+        new, u = [old[0] * F(b2) + g * F(1 - b2)], np.sign(old[0] * F(b1) + g * F(1 - b1))
+    elif name == "momentum":
+        new = [old[0] * F(b1) + g]
+        u = new[0]
+    else:
+        v = old[0] + g * g if name == "adagrad" else old[0] * F(b1) + g * g * F(1 - b1)
+        new, u = [v], g / (np.sqrt(v) + F(eps))
+    factor = F(size)
+    if max_unorm > 0:
+        norms = [np.sqrt((x.astype(np.float64) ** 2).sum()) for x in (p, u)]
+        allowed = max_unorm * norms[0] + (0 if name == "adam" else eps)
+        factor = F(min(1.0, allowed / (norms[1] * correction))) * F(size)
+    moved = shrunk - u * factor
+    if skip_zeros:
+        moved, new = np.where(scaled == 0, p, moved), [np.where(scaled == 0, o, n) for o, n in zip(old, new)]
+    return moved, new
+
+
+def _kept(state: Array) -> list[Array]:
+    """The values of a state: AdEMAMix keeps two under one name."""
+    return [row.reshape(-1) for row in state] if state.ndim > 1 else [state]
+
+
+def _update_32bit(
+    name: str, params: list[Array], grads: list[Array], one: list[Array], two: list[Array], *rest: Any
+) -> list[Array]:
+    moved, first, second = [], [], []
+    for i, (p, g) in enumerate(zip(params, grads)):
+        old = [*_kept(one[i]), *([two[i]] if two else [])]
+        value, new = _moved(name, p, g, old, list(rest))
+        moved.append(value.astype(np.float64))
+        first.append(np.stack(new[: len(_kept(one[i]))]).reshape(one[i].shape).astype(F))
+        second += [new[-1].astype(F)] if two else []
+    return [*moved, *first, *second]
+
+
+def _update_8bit(name: str, params: list[Array], grads: list[Array], *args: Any) -> list[Array]:
+    codes1, absmax1, book1, codes2, absmax2, book2, blocksize, *rest = args
+    moved, lists = [], [[], [], [], []]  # type: ignore[var-annotated]
+    for i, (p, g) in enumerate(zip(params, grads)):
+        places = [(c, a, book1) for c, a in zip(_kept(codes1[i]), _kept(absmax1[i]))]
+        firsts = len(places)
+        places += [(codes2[i], absmax2[i], book2)] if codes2 else []
+        old = [np.array([book[c] * a[j // blocksize] for j, c in enumerate(codes)], F) for codes, a, book in places]
+        value, new = _moved(name, p, g, old, rest)
+        moved.append(value.astype(np.float64))
+        made = [_coded(state, book, blocksize) for state, (_, _, book) in zip(new, places)]
+        for kind in (0, 1):  # codes, absmax
+            shape = (codes1, absmax1)[kind][i].shape
+            lists[kind].append(np.stack([one[kind] for one in made[:firsts]]).reshape(shape))
+            lists[kind + 2] += [made[-1][kind]] if codes2 else []
+    return [*moved, *lists[0], *lists[1], *lists[2], *lists[3]]
+
+
+def _coded(state: Array, codebook: Array, blocksize: int) -> tuple[Array, Array]:
+    codes, absmax = [], []
+    for start in range(0, state.size, blocksize):
+        block = state[start : start + blocksize]
+        largest = np.abs(block).max()
+        absmax.append(largest)
+        for value in block:
+            code = _code_8bit(value / largest if largest else F(0), codebook)
+            if codebook[0] < 0 and value < 0 <= codebook[code]:
+                code -= 1  # a negative value keeps its sign
+            elif codebook[0] < 0 and codebook[code] < 0 < value:
+                code += 1
+            codes.append(code)
+    return np.array(codes, np.uint8), np.array(absmax, F)
+
+
 _ORACLES: dict[str, Callable[..., list[Array]]] = {
     "quantize_4bit": _quantize_4bit,
     "dequantize_4bit": _dequantize_4bit,
@@ -223,4 +321,6 @@ _ORACLES: dict[str, Callable[..., list[Array]]] = {
     "dequantize_int8": _dequantize_int8,
     "matmul_int8": _matmul_int8,
     "linear_int8": _linear_int8,
+    "update_32bit": _update_32bit,
+    "update_8bit": _update_8bit,
 }
