@@ -78,6 +78,7 @@ void timed(const std::string& name, const std::function<void()>& part);
 
 void check_elementwise();
 void check_linear();
+void check_optimizer();
 // Sizes past 2^31 and 2^32: every op of the highest level that has it or, if `all`, of every level.
 void check_far(bool all);
 

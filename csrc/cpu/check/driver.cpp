@@ -24,6 +24,7 @@ int main(int count, char** names) {
   if (count == 1 || asked("small")) {
     timed("elementwise", check_elementwise);
     timed("linear", check_linear);
+    timed("optimizer", check_optimizer);
   }
   if (count == 1 || asked("far") || asked("far-all")) timed("far", [&] { check_far(asked("far-all")); });
   if (failures() != 0) {

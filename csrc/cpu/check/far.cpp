@@ -279,6 +279,45 @@ void int8_products(Random& random, const Level& level) {
   expect(level, "matmul_int8, M * N", error, out.content() == want);
 }
 
+// The first step of momentum with a step of length 0 leaves the parameter and makes the gradient the state, however
+// often a window is run over; only then may windows be one piece of memory that is read and written.
+void updates(Random& random, const Level& level, bool coded) {
+  constexpr int64_t window_blocks = kWindow / kBlock, repeats = kRepeats / 2;
+  const Region param(random, 16, kWindow, kTail, repeats), grad(random, 16, kWindow, kTail, repeats),
+      state(random, coded ? 8 : 32, kWindow, kTail, repeats);
+  if (!param.ok() || !grad.ok() || !state.ok()) return fail("no address space for the far part");
+  set_floats(random, param);
+  set_floats(random, grad);
+  const Bytes book = codebook(random, false);
+  std::vector<float> table(256), near(window_blocks + kTail / kBlock),
+      far(repeats * window_blocks + kTail / kBlock);
+  std::memcpy(table.data(), book.data(), book.size());
+  if (!coded) fill(state, Bytes(static_cast<size_t>(state.near_bytes())));
+  const Bytes before = state.content(), kept = param.content();
+  const auto call = [&](void* p, void* g, void* s, float* absmax, int64_t count) {
+    const cpu::UpdateTensor tensor = {p, g, s, nullptr, absmax, nullptr, nullptr, count, 0};
+    cpu::Update update = {};
+    update.optimizer = Optimizer::momentum;
+    update.dtype = kType;
+    update.c.decay = update.grad_scale = 1.0f;
+    update.blocksize = coded ? kBlock : 0;
+    update.codebook1 = table.data();
+    update.tensors = &tensor;
+    update.size = 1;
+    return coded ? level.update_8bit(update, kThreads) : level.update_32bit(update, kThreads);
+  };
+  call(param.near(), grad.near(), state.near(), near.data(), kWindow + kTail - 3);
+  const Bytes want = state.content();
+  fill(state, before);
+  const char* error = call(param.at(), grad.at(), state.at(), far.data(), repeats * kWindow + kTail - 3);
+  expect(level, coded ? "update_8bit" : "update_32bit", error,
+         state.content() == want && want != before && param.content() == kept &&
+             same_pattern(far, near, window_blocks, repeats));
+}
+
+void update_32bit(Random& random, const Level& level) { updates(random, level, false); }
+void update_8bit(Random& random, const Level& level) { updates(random, level, true); }
+
 }  // namespace
 
 void check_far(bool all) {
@@ -298,6 +337,8 @@ void check_far(bool all) {
   each("linear_4bit", &Level::linear_4bit, linear_4bit);
   each("linear_4bit_backward", &Level::linear_4bit_backward, linear_4bit_backward);
   each("int8 products", &Level::matmul_int8, int8_products);
+  each("update_32bit", &Level::update_32bit, update_32bit);
+  each("update_8bit", &Level::update_8bit, update_8bit);
 }
 
 }  // namespace halfbyte::check
