@@ -139,32 +139,43 @@ const char* quantize_8bit(const void* x, DType dtype, int64_t count, const float
   });
 }
 
+// `count` levels * scale.
 template <class V, bool kStream, class T>
-HALFBYTE_INLINE void dequantize_chunk8(const typename V::Book& book, const uint8_t* codes,
-                                       const float* absmax, const float* codebook, int64_t blocksize,
-                                       int64_t first, int64_t end, T* out) {
-  for (int64_t i = first; i < end;) {
-    const int64_t stop = min64(end, (i / blocksize + 1) * blocksize);
-    const float scale = read<float>(absmax + i / blocksize);
-    const typename V::F a = V::set1(scale);
-    for (; i + V::W <= stop; i += V::W) {
-      const typename V::F v = V::mul(V::lookup(book, codes + i), a);
-      if (kStream) {
-        V::stream(out + i, v);
-      } else {
-        V::store(out + i, v);
-      }
-    }
-    if (i < stop) {
-      uint8_t part[V::W] = {};
-      T values[V::W];
-      memcpy(part, codes + i, static_cast<size_t>(stop - i));
-      V::store(values, V::mul(V::lookup(book, part), a));
-      memcpy(out + i, values, static_cast<size_t>(stop - i) * sizeof(T));
-      i = stop;
+HALFBYTE_INLINE void decode8(const typename V::Book& book, const uint8_t* codes, float scale, int64_t count,
+                             T* out) {
+  const typename V::F a = V::set1(scale);
+  typename V::F first, second;
+  int64_t i = 0;
+  for (; i + 2 * V::W <= count; i += 2 * V::W) {
+    V::lookup(book, codes + i, &first, &second);
+    if (kStream) {
+      V::stream(out + i, V::mul(first, a));
+      V::stream(out + i + V::W, V::mul(second, a));
+    } else {
+      V::store(out + i, V::mul(first, a));
+      V::store(out + i + V::W, V::mul(second, a));
     }
   }
-  (void)codebook;
+  if (i < count) {
+    uint8_t part[2 * V::W] = {};
+    T values[2 * V::W];
+    memcpy(part, codes + i, static_cast<size_t>(count - i));
+    V::lookup(book, part, &first, &second);
+    V::store(values, V::mul(first, a));
+    V::store(values + V::W, V::mul(second, a));
+    memcpy(out + i, values, static_cast<size_t>(count - i) * sizeof(T));
+  }
+}
+
+template <class V, bool kStream, class T>
+HALFBYTE_INLINE void dequantize_chunk8(const typename V::Book& book, const uint8_t* codes,
+                                       const float* absmax, int64_t blocksize, int64_t first, int64_t end,
+                                       T* out) {
+  for (int64_t i = first; i < end;) {
+    const int64_t stop = min64(end, (i / blocksize + 1) * blocksize);
+    decode8<V, kStream>(book, codes + i, read<float>(absmax + i / blocksize), stop - i, out + i);
+    i = stop;
+  }
 }
 
 template <class V>
@@ -174,15 +185,15 @@ const char* dequantize_8bit(const uint8_t* codes, const float* absmax, const flo
     auto* values = static_cast<decltype(type)>(out);
     expect_writes(out, static_cast<size_t>(count) * sizeof(*values));
     const bool stream = count * static_cast<int64_t>(sizeof(*values)) >= kStreamBytes &&
-                        blocksize % V::W == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+                        blocksize % (2 * V::W) == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     parallel_for(team(threads, count, kChunk / 8), ceil_div(count, kChunk), [=](int64_t c) {
       const typename V::Book book = V::book(codebook);
       const int64_t first = c * kChunk, end = min64(count, first + kChunk);
       if (stream) {
-        dequantize_chunk8<V, true>(book, codes, absmax, codebook, blocksize, first, end, values);
+        dequantize_chunk8<V, true>(book, codes, absmax, blocksize, first, end, values);
         V::fence();
       } else {
-        dequantize_chunk8<V, false>(book, codes, absmax, codebook, blocksize, first, end, values);
+        dequantize_chunk8<V, false>(book, codes, absmax, blocksize, first, end, values);
       }
     });
     return nullptr;

@@ -186,18 +186,6 @@ struct Codes {
 };
 
 template <class V>
-HALFBYTE_INLINE void decode_state(const Codes& c, const typename V::Book& book, int64_t first, int64_t count,
-                                  int64_t blocksize, float* out) {
-  const typename V::F scale = V::set1(read<float>(c.absmax + first / blocksize));
-  for (int64_t i = 0; i < count; i += V::W) {
-    const int64_t part = min64(V::W, count - i);
-    uint8_t bytes[V::W] = {};
-    if (part < V::W) memcpy(bytes, c.codes + first + i, static_cast<size_t>(part));
-    store_part<V>(out + i, part, V::mul(V::lookup(book, part < V::W ? bytes : c.codes + first + i), scale));
-  }
-}
-
-template <class V>
 HALFBYTE_INLINE void encode_state(const Codes& c, const float* state, float most, int64_t first,
                                   int64_t count, int64_t blocksize) {
   write(c.absmax + first / blocksize, most);
@@ -261,7 +249,8 @@ HALFBYTE_ALONE void update_chunk(const Plan& plan, const UpdateTensor& t, float 
     const T* grad = static_cast<const T*>(t.grad) + first;
     for (int j = 0; j < states; ++j) {
       if constexpr (k8) {
-        decode_state<V>(codes[j], books[j >= firsts], first, count, step, decoded[j]);
+        const float scale = read<float>(codes[j].absmax + first / step);
+        decode8<V, false>(books[j >= firsts], codes[j].codes + first, scale, count, decoded[j]);
       } else {
         float* base = static_cast<float*>(j >= firsts ? t.state2 : t.state1);
         state[j] = base + first + (j == 1 && j < firsts ? t.count : 0);

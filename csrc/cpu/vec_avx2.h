@@ -260,7 +260,11 @@ struct Avx2 {
     const float* values;
   };
   static HALFBYTE_INLINE Book book(const float* values) { return {values}; }
-  static HALFBYTE_INLINE F lookup(const Book& book, const uint8_t* codes) {
+  static HALFBYTE_INLINE void lookup(const Book& book, const uint8_t* codes, F* first, F* second) {
+    *first = look(book, codes);
+    *second = look(book, codes + W);
+  }
+  static HALFBYTE_INLINE F look(const Book& book, const uint8_t* codes) {
     const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
     return _mm256_i32gather_ps(book.values, _mm256_cvtepu8_epi32(eight), 4);
   }

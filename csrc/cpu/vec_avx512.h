@@ -240,28 +240,42 @@ struct Avx512 {
     const I code = _mm512_srli_epi32(entry, 16);
     return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
   }
-  // The whole codebook in sixteen registers.
+  // The whole codebook in sixteen registers, the upper and lower halves of its floats apart: vpermi2w looks 32
+  // words up where a lookup of floats does 16.
   struct Book {
-    F part[16];
+    I low[8], high[8];
   };
   static HALFBYTE_INLINE Book book(const float* values) {
+    const I even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28,
+                                    26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const I odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
     Book r;
     HALFBYTE_UNROLL
-    for (int i = 0; i < 16; ++i) r.part[i] = load(values + 16 * i);
+    for (int i = 0; i < 8; ++i) {
+      const I a = _mm512_loadu_si512(values + 32 * i), b = _mm512_loadu_si512(values + 32 * i + 16);
+      r.low[i] = _mm512_permutex2var_epi16(a, even, b);
+      r.high[i] = _mm512_permutex2var_epi16(a, odd, b);
+    }
     return r;
   }
-  static HALFBYTE_INLINE F lookup(const Book& b, const uint8_t* codes) {
-    const I index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    const __mmask16 bit7 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(0x80));
-    const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(0x40));
-    const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(0x20));
-    F r[8];  // r[j]: the value if the code's top three bits were j
-    HALFBYTE_UNROLL
-    for (int j = 0; j < 8; ++j) r[j] = _mm512_permutex2var_ps(b.part[2 * j], index, b.part[2 * j + 1]);
-    HALFBYTE_UNROLL
-    for (int j = 0; j < 4; ++j) r[j] = _mm512_mask_blend_ps(bit5, r[2 * j], r[2 * j + 1]);
-    return _mm512_mask_blend_ps(bit7, _mm512_mask_blend_ps(bit6, r[0], r[1]),
-                                _mm512_mask_blend_ps(bit6, r[2], r[3]));
+  static HALFBYTE_INLINE I pick(const I* part, I index, __mmask32 bit6, __mmask32 bit7) {
+    const I a = _mm512_permutex2var_epi16(part[0], index, part[1]);
+    const I b = _mm512_permutex2var_epi16(part[2], index, part[3]);
+    const I c = _mm512_permutex2var_epi16(part[4], index, part[5]);
+    const I d = _mm512_permutex2var_epi16(part[6], index, part[7]);
+    return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, a, b),
+                                   _mm512_mask_blend_epi16(bit6, c, d));
+  }
+  // The levels of 2 W codes.
+  static HALFBYTE_INLINE void lookup(const Book& book, const uint8_t* codes, F* first, F* second) {
+    // In fours, such that unpacking within 128-bit lanes ends in natural order.
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const I index = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(load256(codes), order));
+    const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x40));
+    const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(0x80));
+    const I low = pick(book.low, index, bit6, bit7), high = pick(book.high, index, bit6, bit7);
+    *first = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+    *second = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
   }
 };
 

@@ -271,10 +271,9 @@ struct Plain {
     const float* values;
   };
   static Book book(const float* values) { return {values}; }
-  static F lookup(const Book& book, const uint8_t* codes) {
-    F r;
-    HALFBYTE_LANES r.v[i] = read<float>(book.values + codes[i]);
-    return r;
+  static void lookup(const Book& book, const uint8_t* codes, F* first, F* second) {
+    HALFBYTE_LANES first->v[i] = read<float>(book.values + codes[i]);
+    HALFBYTE_LANES second->v[i] = read<float>(book.values + codes[W + i]);
   }
 #undef HALFBYTE_LANES
 };
