@@ -72,7 +72,8 @@ def explain(op: str | Op, *args: Any) -> Decision:
     if len(args) == 1 and isinstance(args[0], record.Facts):
         return dispatcher.decide(record, args[0], current_override() or dispatcher.process_chain)
     record.check(*args)
-    return dispatcher.decide(record, record.facts(*args), current_override() or dispatcher.process_chain)
+    facts = record.Facts(*record.facts(*args))
+    return dispatcher.decide(record, facts, current_override() or dispatcher.process_chain)
 
 
 def set_backend(chain: str | Sequence[str] | None) -> None:

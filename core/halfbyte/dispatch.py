@@ -59,12 +59,12 @@ class Dispatcher:
 
         def call(*args: Any) -> Any:
             check(*args)
-            facts = facts_of(*args)
+            facts = facts_of(*args)  # perhaps a plain tuple: equal to the Facts that it makes, and cheaper
             chain = override() or self.process_chain
             try:
                 function = plan[chain, facts]
             except KeyError:
-                function = self._planned(op, facts, chain, plan)
+                function = self._planned(op, op.Facts(*facts), chain, plan)
             return function(*args)
 
         return call

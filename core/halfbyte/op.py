@@ -19,7 +19,7 @@ class Op:
     schema          torch schema without the name, no defaults: "(Tensor x, int n) -> Tensor"
     Facts           NamedTuple type of what a kernel may be chosen on; nothing else may decide.
                     Its first field is `device`.
-    facts           the op's arguments -> Facts
+    facts           the op's arguments -> Facts, or the same values as a plain tuple
     reference       the meaning, in plain torch, on any device
     fake            shapes, dtypes, device and strides of the result, for tracing
     check           raises InputError where the arguments do not fit each other

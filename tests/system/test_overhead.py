@@ -14,6 +14,7 @@ from halfbyte import functional as F
 from halfbyte._runtime import callers, dispatcher
 
 LIMIT_US = 25  # a machine under load; the aim is 2
+LIMIT_OF_BARE = 2  # times the bare op of the same run, which costs about 3 us
 
 
 def costs(*calls):
@@ -81,5 +82,5 @@ def test_dispatch_overhead(stub_backend, bare, capsys, name, nested):
     with capsys.disabled():
         told = ", ".join(f"{what} {microseconds:.1f}" for what, microseconds in times.items())
         print(f"\n{name}{' nested' * nested}, us per call: {told} (aim: choosing 2)")
-    assert times["choosing"] < LIMIT_US
+    assert times["choosing"] < min(LIMIT_US, LIMIT_OF_BARE * bare_op_cost)
     assert times["torch op"] < LIMIT_US

@@ -192,8 +192,8 @@ class LinearFacts(NamedTuple):
 
 def _linear_facts(
     x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float, mode: str
-) -> LinearFacts:
-    return LinearFacts(x.device, x.dtype, mode, threshold > 0)
+) -> tuple[object, ...]:
+    return x.device, x.dtype, mode, threshold > 0  # LinearFacts, on the path of every call
 
 
 def _check_linear(
