@@ -13,7 +13,7 @@
 namespace halfbyte::cpu {
 namespace {
 
-inline constexpr int64_t kChunkBytes = 4096;
+inline constexpr int64_t kChunkBytes = 3072;  // six rows of `a` and four of b fit into L1 together
 inline constexpr int64_t kTileRows = 64;
 inline constexpr int64_t kPanelBytes = int64_t{4} << 20;  // of `a` that is prepared at a time
 
