@@ -222,11 +222,13 @@ class Optimizer(torch.optim.Optimizer):
             steps.separate(states, self.state.values())
         buckets: dict[Any, Bucket] = {}
         for job, state in zip(jobs, states, strict=True):
-            param, tables = job.param, (state.get("qmap1"), state.get("qmap2"))
-            kind = (param.device, param.dtype, state["state1"].dtype, *map(id, tables), steps.identity(state["step"]))
-            bucket = buckets.setdefault((job.config, kind), Bucket(job.config, state))
-            seeded = self.stochastic_rounding and param.dtype is torch.bfloat16
-            bucket.add(param, job.grad, state, hash32(job.position) if seeded else None)
+            tables = id(state.get("qmap1")), id(state.get("qmap2"))
+            kind = (job.param.device, job.param.dtype, state["state1"].dtype, *tables, steps.identity(state["step"]))
+            bucket = buckets.get((job.config, kind))
+            if bucket is None:
+                bucket = buckets[job.config, kind] = Bucket(job.config, state)
+            seeded = self.stochastic_rounding and job.param.dtype is torch.bfloat16
+            bucket.add(job.param, job.grad, state, hash32(job.position) if seeded else None)
         return list(buckets.values())
 
     def _state(self, job: Job, zeros: steps.Zeros) -> State:

@@ -54,7 +54,7 @@ class Bucket:
         self.grads.append(grad.contiguous())
         for name, tensors in self._lists.items():
             if (tensor := state.get(name)) is not None:
-                tensors.append(memory.flat(tensor, order if name.startswith("state") else None))
+                tensors.append(tensor if order is None or name[0] == "a" else memory.flat(tensor, order))
         if seed is not None:
             self.seeds.append(seed)
 
