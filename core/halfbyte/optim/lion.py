@@ -34,7 +34,7 @@ class Lion(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            params, lr, betas, 1e-8, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged, **options
+            params, lr, betas, 0.0, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged, **options
         )
 
 
