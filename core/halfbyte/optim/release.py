@@ -60,12 +60,11 @@ def step_in_backward(optimizer: Optimizer) -> GradientRelease:
 
         return hook
 
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     return GradientRelease(
         [
-            optimizer.param_groups[place.group]["params"][place.index].register_post_accumulate_grad_hook(
-                hook_at(place)
-            )
-            for place in optimizer.places()
-            if optimizer.param_groups[place.group]["params"][place.index].requires_grad
+            param.register_post_accumulate_grad_hook(hook_at(place))
+            for place, param in zip(optimizer.places(), params, strict=True)
+            if param.requires_grad
         ]
     )
