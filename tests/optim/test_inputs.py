@@ -86,6 +86,13 @@ def test_wrong_group_is_not_added(build, randn):
     assert len(optimizer.param_groups) == 1
 
 
+def test_parameter_listed_twice_is_refused(build, randn):
+    param = randn(3)
+
+    with pytest.raises(InputError, match="must not list a parameter twice"):
+        build("AdamW", [param, param])
+
+
 @pytest.fixture
 def unchanged(build, randn):
     """`unchanged(change)`: a step after `change` of the second parameter raises, and the first one stays."""

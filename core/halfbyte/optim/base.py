@@ -61,8 +61,11 @@ class Optimizer(torch.optim.Optimizer):
                          follow from a parameter's position and the step, so that a resumed run draws the same
     capturable           keep the step as a tensor on the parameter's device, for CUDA graphs; lr may be a tensor too
 
-    Parameters are float32, float16 or bfloat16, on any devices, in any memory format; of a DTensor the local shard
-    is stepped, with local states.  lr is a float or a tensor of one element.  The arithmetic stands in ops/rules.py.
+    Parameters are float32, float16 or bfloat16, on any devices, in any memory format.  lr is a float or a tensor of
+    one element.  The arithmetic stands in ops/rules.py.
+
+    Of a DTensor the local shard is stepped, with local states.  Each rank then saves a state_dict of its own:
+    torch.distributed.checkpoint takes local tensors for replicated ones, and would keep one rank's.
 
     Raises InputError for values outside their range.  A step that raises it has changed no parameter.
     """
@@ -121,10 +124,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @_eager
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.  Raises InputError for hyperparameters outside their range."""
+        """As in torch.  Raises InputError for hyperparameters outside their range, and for a parameter listed twice."""
         if isinstance(param_group, dict):
             read = self._read({**self.defaults, **param_group})
             param_group.update({name: read[name] for name in param_group})
+            if not isinstance(param_group["params"], Tensor | set):  # of which torch has its own opinion
+                param_group["params"] = list(param_group["params"])
+                if len(set(param_group["params"])) < len(param_group["params"]):
+                    raise InputError("a parameter group must not list a parameter twice")
         super().add_param_group(param_group)
 
     def _read(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +164,7 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def places(self) -> Iterator[Place]:
+        """Where every parameter stands."""
         position = 0
         for g, group in enumerate(self.param_groups):
             for i in range(len(group["params"])):

@@ -73,7 +73,7 @@ def refit(state: State, rule: Rule, param: Tensor, device: torch.device) -> None
     """Bring states to a device and into the order of their parameter, which was moved or loaded."""
     order = memory.order_of(param)
     for key, value in state.items():
-        if isinstance(value, Tensor) and key != "step":
+        if isinstance(value, Tensor):
             state[key] = value.to(device)
     for suffix, count in (("1", rule.states[0]), ("2", rule.states[1])):
         if not count or memory.lies_in(state[f"state{suffix}"], order, count):
