@@ -178,7 +178,11 @@ class Optimizer(torch.optim.Optimizer):
         jobs = self._jobs(places)
         if not jobs:
             return
-        scale = None if self.fused_clip is None else clip_factor([job.key.grad for job in jobs], self.fused_clip)
+        if not self.capturable and jobs[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InputError(f"capturing a step in a CUDA graph needs {type(self).__name__}(..., capturable=True)")
+        scale = None
+        if self.fused_clip is not None:
+            scale = clip_factor(((job.key, job.grad) for job in jobs), self.fused_clip)
         buckets = self._buckets(jobs)
         calls = [(bucket, *bucket.arguments(self.rule, scale)) for bucket in buckets if bucket.params]
         if len(calls) > 1:
@@ -203,24 +207,22 @@ class Optimizer(torch.optim.Optimizer):
             if overrides and (own := overrides.of(key, place.group, place.number)):
                 config = resolve(self.rule, group, self.args, own)
             param, grad = memory.local(key), memory.local_gradient(key)
-            self._check(place, param, grad, config, sharded=param.numel() != key.numel())
+            if problem := self._problem(param, grad, config, sharded=param.numel() != key.numel()):
+                raise InputError(f"parameter {place.number} of group {place.group} {problem}")
             jobs.append(Job(key, param, grad, config, place.position))
         return jobs
 
-    def _check(self, place: Place, param: Tensor, grad: Tensor, config: Config, sharded: bool) -> None:
-        where = f"parameter {place.number} of group {place.group}"
+    def _problem(self, param: Tensor, grad: Tensor, config: Config, sharded: bool) -> str | None:
         if grad.layout is not torch.strided:
-            raise InputError(f"{where} has a sparse gradient, which {type(self).__name__} does not support")
+            return f"has a sparse gradient, which {type(self).__name__} does not support"
         if param.dtype not in FLOATS:
-            raise InputError(f"{where} must be {', '.join(map(show, FLOATS))}; got {show(param.dtype)}")
-        for name in ("dtype", "device", "shape"):
-            ours, its = getattr(param, name), getattr(grad, name)
-            if ours != its:
-                raise InputError(f"{where} must have a gradient of its own {name}; got {show(its)} for {show(ours)}")
+            return f"must be {', '.join(map(show, FLOATS))}; got {show(param.dtype)}"
+        if (param.dtype, param.device, param.shape) != (grad.dtype, grad.device, grad.shape):
+            its, ours = (f"{show(one.dtype)} {tuple(one.shape)} on {one.device}" for one in (grad, param))
+            return f"must have a gradient of its own dtype, shape and device, {ours}; got {its}"
         if sharded and config.max_unorm > 0:
-            raise InputError(f"{where} is sharded: max_unorm needs the norm of the whole parameter")
-        if not self.capturable and param.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise InputError(f"capturing a step in a CUDA graph needs {type(self).__name__}(..., capturable=True)")
+            return "is sharded: max_unorm needs the norm of the whole parameter"
+        return None
 
     def _buckets(self, jobs: list[Job]) -> list[Bucket]:
         """The jobs by what one op call can serve; creates missing states."""
