@@ -209,6 +209,21 @@ def test_bug_24_step_that_fails_half_way_is_not_run_again(build, randn, stub_bac
         assert optimizer.state[param]["step"] == 0
 
 
+def test_bug_24_count_of_what_moved_before_a_failure_is_kept(build, randn, stub_backend):
+    def failing(*args):
+        raise RuntimeError("the device is gone")
+
+    stub_backend("acme", kernels=[halfbyte.Kernel("update_32bit", failing)])
+    large, small = randn(70, 60), randn(5)
+    optimizer = build("AdamW8bit", [large, small])
+    large.grad, small.grad = torch.ones(70, 60), torch.ones(5)
+
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        optimizer.step()
+
+    assert [optimizer.state[param]["step"] for param in (large, small)] == [1, 0]
+
+
 def test_trust_factor_lets_an_all_zero_parameter_move(build):
     for name in ("LAMB", "LARS"):
         param = torch.nn.Parameter(torch.zeros(10))

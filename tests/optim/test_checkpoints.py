@@ -151,18 +151,24 @@ def test_loaded_state_shares_one_codebook_and_one_call(build, randn, step, calls
     assert [(name, len(args[1])) for name, args in calls] == [("update_8bit", 4)]
 
 
-def test_state_is_decoded_with_its_own_codebook(build, randn, step):
-    param = randn(70, 60)
-    optimizer = build("Lion8bit", [param])
-    step(optimizer, [param])
+def test_state_is_decoded_with_its_own_codebook_and_in_a_call_of_its_own(build, randn, step, calls):
+    params = [randn(70, 60), randn(70, 60, seed=1)]
+    optimizer = build("SGD8bit", params, lr=1.0, momentum=0.5)
+    step(optimizer, params)
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][0][WRAPPED]["qmap1"] = torch.linspace(-1, 1, 256)
-    other = build("Lion8bit", [param])
+    inner = saved["state"][0][WRAPPED]
+    inner["qmap1"] = torch.linspace(-1, 1, 256)
+    momentum = inner["qmap1"][inner["state1"].long()].view(-1) * inner["absmax1"].repeat_interleave(256)[:4200]
+    expected = params[0].detach() - 0.5 * momentum.view(70, 60)
+    calls.clear()
 
-    other.load_state_dict(saved)
-    step(other, [param])
+    optimizer.load_state_dict(saved)
+    for param in params:
+        param.grad = torch.zeros(70, 60)
+    optimizer.step()
 
-    assert torch.equal(other.state[param]["qmap1"], torch.linspace(-1, 1, 256))
+    torch.testing.assert_close(params[0].detach(), expected)
+    assert [len(args[1]) for _, args in calls] == [1, 1]
 
 
 def test_parameters_that_were_never_stepped_have_no_state(build, model, step):
@@ -179,17 +185,22 @@ def test_parameters_that_were_never_stepped_have_no_state(build, model, step):
     assert [other.state[param]["step"] for param in params] == [2, 1]
 
 
-def test_move_to_device_false_leaves_the_move_to_the_next_step(build, randn, step):
-    param = randn(70, 60)
-    optimizer = build("AdamW8bit", [param])
+@pytest.mark.parametrize("now", [True, False])
+def test_move_to_device_decides_when_states_are_brought_to_their_parameter(build, randn, step, now):
+    param = randn(2, 3, 4, 5)
+    optimizer = build("AdamW", [param])
     step(optimizer, [param])
     saved = copy.deepcopy(optimizer.state_dict())
-    other = build("AdamW8bit", [param])
+    # Without a second device, the memory format shows it.
+    other = torch.nn.Parameter(param.detach().to(memory_format=torch.channels_last))
+    loaded = build("AdamW", [other])
 
-    other.load_state_dict(saved, move_to_device=False)
-    step(other, [param])
+    loaded.load_state_dict(saved, move_to_device=now)
+    moved = loaded.state[other]["state1"].stride() == other.stride()
+    step(loaded, [other])
 
-    assert other.state[param]["step"] == 2
+    assert moved == now
+    assert loaded.state[other]["state1"].stride() == other.stride()
 
 
 def test_load_hooks_run(build, model):

@@ -19,7 +19,7 @@ from ..kernel import show
 from ..ops.checks import FLOATS
 from ..ops.rules import RULES, hash32
 from . import checkpoint, memory, steps
-from .bucket import Bucket, require_kernels
+from .bucket import Bucket, count, require_kernels
 from .clip import clip_factor
 from .manager import GlobalOptimManager
 from .options import Config, parse_betas, resolve
@@ -187,9 +187,13 @@ class Optimizer(torch.optim.Optimizer):
         calls = [(bucket, *bucket.arguments(self.rule, scale)) for bucket in buckets if bucket.params]
         if len(calls) > 1:
             require_kernels([(name, args) for _, name, args in calls])
-        for bucket, name, args in calls:
-            bucket.run(name, args)
-        count(buckets)
+        done = [bucket for bucket in buckets if not bucket.params]
+        try:
+            for bucket, name, args in calls:
+                bucket.run(name, args)
+                done.append(bucket)
+        finally:  # what has moved has taken a step, though a later call may fail
+            count(done)
 
     def _jobs(self, places: Iterable[Place]) -> list[Job]:
         """What is to be done at some places.  Raises InputError; changes nothing."""
@@ -305,14 +309,3 @@ class Optimizer(torch.optim.Optimizer):
         self.__setstate__({"state": content, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def count(buckets: Iterable[Bucket]) -> None:
-    """Note that the states of some buckets have taken a step."""
-    shared = {id(bucket.steps): bucket.steps for bucket in buckets if isinstance(bucket.steps, Tensor)}
-    for tensor in shared.values():
-        tensor.add_(1)
-    for bucket in buckets:
-        if not isinstance(bucket.steps, Tensor):
-            for state in bucket.states:
-                state["step"] = bucket.steps + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -86,6 +87,17 @@ class Bucket:
 def _beside(number: Tensor, device: torch.device) -> Tensor:
     """A 0-dim tensor where the op takes it: on the host, or on the parameters' device."""
     return number if number.device.type == "cpu" else number.to(device)
+
+
+def count(buckets: Iterable[Bucket]) -> None:
+    """Note that the states of some buckets have taken a step."""
+    shared = {id(bucket.steps): bucket.steps for bucket in buckets if isinstance(bucket.steps, Tensor)}
+    for tensor in shared.values():
+        tensor.add_(1)
+    for bucket in buckets:
+        if not isinstance(bucket.steps, Tensor):
+            for state in bucket.states:
+                state["step"] = bucket.steps + 1
 
 
 _planned: set[Any] = set()
