@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .backend import Backend, Check, DeviceFacts, EnvVar
 from .errors import (
@@ -35,6 +37,9 @@ from .freeze import freeze_
 from .quant_state import QuantState
 from .quantize import QuantizeReport, dequantize_, quantize_
 
+if TYPE_CHECKING:
+    from . import optim
+
 __all__ = [
     "Backend",
     "BackendInfo",
@@ -65,7 +70,15 @@ __all__ = [
     "functional",
     "hookimpl",
     "nn",
+    "optim",
     "quantize_",
     "set_backend",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The optimizers are loaded when they are first wanted."""
+    if name == "optim":
+        return import_module(".optim", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

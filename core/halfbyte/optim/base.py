@@ -1,0 +1,311 @@
+"""The base of every optimizer: a torch.optim.Optimizer that steps a whole model in a few op calls."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..errors import HalfbyteWarning, InputError
+from ..kernel import show
+from ..ops.checks import FLOATS
+from ..ops.rules import RULES, hash32
+from . import checkpoint, memory, steps
+from .bucket import Bucket, count, require_kernels
+from .clip import clip_factor
+from .manager import GlobalOptimManager
+from .options import Config, parse_betas, resolve
+from .state import State, create, fits, home, refit, share_codebooks
+
+# A compiled function calls what is marked so as it is: a step is a few opaque op calls, with nothing to fuse.
+_eager = torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
+
+
+class Place(NamedTuple):
+    """Where a parameter stands: its group, its number in the group, its number among all parameters."""
+
+    group: int
+    number: int
+    position: int
+
+
+class Job(NamedTuple):
+    """One parameter of a step: the tensor that the state belongs to, and the local shards that are worked on."""
+
+    key: Tensor
+    param: Tensor
+    grad: Tensor
+    config: Config
+    position: int
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of the optimizers, which differ by the rule that they name.
+
+    args                 object with optim_bits, min_8bit_size, max_unorm and skip_zeros, in place of the arguments
+    optim_bits           8 or 32, of the states
+    min_8bit_size        a parameter of fewer elements has 32-bit states all the same
+    max_unorm            bound on norm(update) / norm(parameter); 0 for none
+    is_paged             keep large states on the host.  Not in this release: they stay on the device, with a warning.
+    fused_clip           bound on the norm of all gradients of a step together, as torch.nn.utils.clip_grad_norm_
+                         would set it, but gradients are scaled while they are read and keep their values
+    stochastic_rounding  of bfloat16 parameters: round up or down with a chance that makes the mean exact; the bits
+                         follow from a parameter's position and the step, so that a resumed run draws the same
+    capturable           keep the step as a tensor on the parameter's device, for CUDA graphs; lr may be a tensor too
+
+    Parameters are float32, float16 or bfloat16, on any devices, in any memory format.  lr is a float or a tensor of
+    one element.  The arithmetic stands in ops/rules.py.
+
+    Of a DTensor the local shard is stepped, with local states.  Each rank then saves a state_dict of its own:
+    torch.distributed.checkpoint takes local tensors for replicated ones, and would keep one rank's.
+
+    Raises InputError for values outside their range.  A step that raises it has changed no parameter.
+    """
+
+    rule: ClassVar[str]
+    bits: ClassVar[int | None] = None  # where a class's name fixes optim_bits
+    paged: ClassVar[bool] = False  # where it fixes is_paged
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: Any,
+        eps: float,
+        weight_decay: float,
+        optim_bits: int,
+        args: Any,
+        min_8bit_size: int,
+        *,
+        max_unorm: float = 0.0,
+        is_paged: bool = False,
+        alpha: float = 0.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        fused_clip: float | None = None,
+        stochastic_rounding: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        if fused_clip is not None and not 0 < fused_clip < math.inf:
+            raise InputError(f"fused_clip must be None, or finite and above 0; got {fused_clip}")
+        self.args = args or SimpleNamespace(
+            optim_bits=self.bits or optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, skip_zeros=False
+        )
+        self.is_paged = is_paged or self.paged
+        self.fused_clip = fused_clip
+        self.stochastic_rounding = stochastic_rounding
+        self.capturable = capturable
+        self._told_of_paging = False
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if RULES[self.rule].states[1]:
+            defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
+        super().__init__(params, self._read(defaults))
+
+    @property
+    def optim_bits(self) -> int:
+        """Bits of the states of parameters that are large enough."""
+        return int(self.args.optim_bits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("args", "is_paged", "fused_clip", "stochastic_rounding", "capturable", "_told_of_paging")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, content: dict[str, Any]) -> None:
+        super().__setstate__(content)
+        share_codebooks(self.state.values())
+
+    @_eager
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.  Raises InputError for hyperparameters outside their range, and for a parameter listed twice."""
+        if isinstance(param_group, dict):
+            read = self._read({**self.defaults, **param_group})
+            param_group.update({name: read[name] for name in param_group})
+            if not isinstance(param_group["params"], Tensor | set):  # of which torch has its own opinion
+                param_group["params"] = list(param_group["params"])
+                if len(set(param_group["params"])) < len(param_group["params"]):
+                    raise InputError("a parameter group must not list a parameter twice")
+        super().add_param_group(param_group)
+
+    def _read(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with its numbers read from strings, checked."""
+        config = resolve(self.rule, group, self.args, {})
+        return {
+            **group,
+            "lr": config.lr,
+            "betas": parse_betas(group["betas"]),
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+
+    # -- stepping ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        closure  evaluates the model again and returns the loss
+
+        Raises InputError, before any parameter is changed, for a gradient that is sparse or of another dtype or
+        device than its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update(self.places())
+        return loss
+
+    def places(self) -> Iterator[Place]:
+        """Where every parameter stands."""
+        position = 0
+        for g, group in enumerate(self.param_groups):
+            for i in range(len(group["params"])):
+                yield Place(g, i, position)
+                position += 1
+
+    @_eager
+    @torch.no_grad()
+    def update(self, places: Iterable[Place]) -> None:
+        """Step the parameters at some places: everything is looked at before anything is changed."""
+        jobs = self._jobs(places)
+        if not jobs:
+            return
+        if not self.capturable and jobs[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise InputError(f"capturing a step in a CUDA graph needs {type(self).__name__}(..., capturable=True)")
+        scale = None
+        if self.fused_clip is not None:
+            scale = clip_factor(((job.key, job.grad) for job in jobs), self.fused_clip)
+        buckets = self._buckets(jobs)
+        calls = [(bucket, *bucket.arguments(self.rule, scale)) for bucket in buckets if bucket.params]
+        if len(calls) > 1:
+            require_kernels([(name, args) for _, name, args in calls])
+        done = [bucket for bucket in buckets if not bucket.params]
+        try:
+            for bucket, name, args in calls:
+                bucket.run(name, args)
+                done.append(bucket)
+        finally:  # what has moved has taken a step, though a later call may fail
+            count(done)
+
+    def _jobs(self, places: Iterable[Place]) -> list[Job]:
+        """What is to be done at some places.  Raises InputError; changes nothing."""
+        overrides = GlobalOptimManager.get_instance().overrides()
+        configs: dict[int, Config] = {}
+        jobs = []
+        for place in places:
+            group = self.param_groups[place.group]
+            key: Tensor = group["params"][place.number]
+            if key.grad is None:
+                continue
+            config = configs.get(place.group)
+            if config is None:
+                config = configs[place.group] = resolve(self.rule, group, self.args, {})
+            if overrides and (own := overrides.of(key, place.group, place.number)):
+                config = resolve(self.rule, group, self.args, own)
+            param, grad = memory.local(key), memory.local_gradient(key)
+            if problem := self._problem(param, grad, config, sharded=param.numel() != key.numel()):
+                raise InputError(f"parameter {place.number} of group {place.group} {problem}")
+            jobs.append(Job(key, param, grad, config, place.position))
+        return jobs
+
+    def _problem(self, param: Tensor, grad: Tensor, config: Config, sharded: bool) -> str | None:
+        if grad.layout is not torch.strided:
+            return f"has a sparse gradient, which {type(self).__name__} does not support"
+        if param.dtype not in FLOATS:
+            return f"must be {', '.join(map(show, FLOATS))}; got {show(param.dtype)}"
+        if (param.dtype, param.device, param.shape) != (grad.dtype, grad.device, grad.shape):
+            its, ours = (f"{show(one.dtype)} {tuple(one.shape)} on {one.device}" for one in (grad, param))
+            return f"must have a gradient of its own dtype, shape and device, {ours}; got {its}"
+        if sharded and config.max_unorm > 0:
+            return "is sharded: max_unorm needs the norm of the whole parameter"
+        return None
+
+    def _buckets(self, jobs: list[Job]) -> list[Bucket]:
+        """The jobs by what one op call can serve; creates missing states."""
+        zeros = steps.Zeros(self.capturable)
+        states = [self._state(job, zeros) for job in jobs]
+        if self.capturable:
+            steps.separate(states, self.state.values())
+        buckets: dict[Any, Bucket] = {}
+        for job, state in zip(jobs, states, strict=True):
+            tables = id(state.get("qmap1")), id(state.get("qmap2"))
+            kind = (job.param.device, job.param.dtype, state["state1"].dtype, *tables, steps.identity(state["step"]))
+            bucket = buckets.get((job.config, kind))
+            if bucket is None:
+                bucket = buckets[job.config, kind] = Bucket(job.config, state)
+            seeded = self.stochastic_rounding and job.param.dtype is torch.bfloat16
+            bucket.add(job.param, job.grad, state, hash32(job.position) if seeded else None)
+        return list(buckets.values())
+
+    def _state(self, job: Job, zeros: steps.Zeros) -> State:
+        rule, param, config = RULES[self.rule], job.param, job.config
+        state: State = self.state[job.key]
+        if not state:
+            quantized = config.optim_bits == 8 and job.key.numel() >= config.min_8bit_size
+            created = create(rule, param, config.max_unorm > 0, quantized, self._home(param))
+            state.update(step=zeros.on(param.device), **created)
+        elif not fits(state, rule, param):
+            refit(state, rule, param, self._home(param))
+        return state
+
+    def _home(self, param: Tensor) -> torch.device:
+        device, objection = home(param, self.is_paged)
+        if objection and not self._told_of_paging:
+            warnings.warn(objection, HalfbyteWarning, stacklevel=2)
+            self._told_of_paging = True
+        return device
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups in bitsandbytes' layout.
+
+        state[i] is {"step": int, "__bnb_optimizer_quant_state__": {"state1": ..., "absmax1": ..., ...}}: the inner
+        dictionary keeps FSDP from gathering tensors that do not have the parameter's shape.  Tensors are not copied.
+        """
+        return checkpoint.wrap(super().state_dict())
+
+    @_eager
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Load what state_dict() of this class, or of bitsandbytes' class of the same name, gave.
+
+        move_to_device  move states to the devices of their parameters now; otherwise the next step does
+
+        States keep their dtypes, and 8-bit ones the codebook they were saved with.  Blocks of 2048 elements, of
+        bitsandbytes before 0.44, become blocks of 256 with the same values.
+
+        Raises FormatError, before anything is changed, for a state of another shape or another kind of optimizer,
+        and for a truncated one.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        groups = checkpoint.read_groups(state_dict, self.param_groups, self.defaults)
+        for group in groups:
+            resolve(self.rule, group, self.args, {})
+        ids = checkpoint.params_by_id(state_dict, self.param_groups)
+        content: defaultdict[Any, Any] = defaultdict(dict)
+        for key, entry in state_dict["state"].items():
+            if (param := ids.get(key)) is None:
+                content[key] = copy.deepcopy(entry)
+                continue
+            where = f"state {key!r}"
+            shard = memory.local(param)
+            read = checkpoint.read_state(where, entry, RULES[self.rule], shard)
+            if move_to_device and read:
+                refit(read, RULES[self.rule], shard, self._home(shard))
+            if read:
+                read["step"] = steps.converted(read["step"], self.capturable, param.device)
+            content[param] = read
+        steps.share(one for one in content.values() if isinstance(one, dict))
+        self.__setstate__({"state": content, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
