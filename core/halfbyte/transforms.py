@@ -33,8 +33,10 @@ def handler(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-        if any(wrapped(arg) for arg in args if isinstance(arg, torch.Tensor)):
-            raise refusal(name)
+        for arg in args:
+            for one in arg if isinstance(arg, list) else (arg,):
+                if isinstance(one, torch.Tensor) and wrapped(one):
+                    raise refusal(name)
         with temporarily_clear_interpreter_stack():
             return op(*args)
 

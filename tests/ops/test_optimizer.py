@@ -383,7 +383,9 @@ BAD = {
 BAD_REST = {
     "step must have one element": {0: torch.ones(2)},
     "lr must be on the CPU or on cpu; it is on meta": {1: torch.ones((), device="meta")},
-    "betas must be three numbers; got 2": {3: [0.9, 0.99]},
+    "betas must be three numbers from 0 to below 1; got \\[0.9, 0.99\\]": {3: [0.9, 0.99]},
+    "betas must be three numbers from 0 to below 1; got \\[1.0, 0.9, 0.9\\]": {3: [1.0, 0.9, 0.9]},
+    "t_beta3 lets beta3 rise from beta1": {3: [0.0, 0.9, 0.9], 8: 10},
     "max_unorm must be 0, or positive for adam, momentum, rmsprop; got -1.0": {9: -1.0},
     "seeds must be empty, or one per bfloat16 parameter": {11: [1]},
 }
@@ -431,6 +433,13 @@ def test_bad_8bit_states_are_refused(place: int, value: Any, sentence: str) -> N
 
     with pytest.raises(halfbyte.InputError, match=sentence):
         torch.ops.halfbyte.update_8bit(*args)
+
+
+def test_transforms_over_listed_tensors_are_refused() -> None:
+    args = good("update_32bit")
+
+    with pytest.raises(halfbyte.InputError, match="update_32bit cannot run inside"):
+        torch.func.vmap(lambda grad: torch.ops.halfbyte.update_32bit(*args[:2], [grad], *args[3:]))(randn(2, 300))
 
 
 def test_updates_write_what_the_schema_says() -> None:

@@ -302,8 +302,12 @@ def _check_parameters(
             raise InputError(f"{name} must have one element; got {tuple(number.shape)}")
         if number.device.type != "cpu" and number.device != device:
             raise InputError(f"{name} must be on the CPU or on {device}; it is on {number.device}")
-    if len(betas) != 3:
-        raise InputError(f"betas must be three numbers; got {len(betas)}")
+    if len(betas) != 3 or not all(0 <= beta < 1 for beta in betas):
+        raise InputError(f"betas must be three numbers from 0 to below 1; got {list(betas)}")
+    if t_beta3 and not 0 < betas[0] <= betas[2]:
+        raise InputError(
+            f"t_beta3 lets beta3 rise from beta1, which must be above 0 and not above it; got {list(betas)}"
+        )
     if max_unorm < 0 or (max_unorm > 0 and not rule.trust):
         able = ", ".join(name for name, one in rules.RULES.items() if one.trust)
         raise InputError(f"max_unorm must be 0, or positive for {able}; got {max_unorm} for {optimizer}")
