@@ -54,7 +54,8 @@ def through_data(module: nn.Module) -> nn.Module:
 
 
 def through_state_dict(module: nn.Module) -> nn.Module:
-    fresh = nn.Sequential(type(module[0])(*_sizes(module[0]))).to("cpu")
+    options = {"has_fp16_weights": False} if isinstance(module[0], Linear8bitLt) else {}
+    fresh = nn.Sequential(type(module[0])(*_sizes(module[0]), **options)).to("cpu")
     fresh.load_state_dict(module.state_dict(), strict=False)
     return fresh
 
