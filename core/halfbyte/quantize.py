@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import formats, functional
 from .errors import InputError
@@ -106,7 +107,7 @@ def quantize_(
     progress    show a progress bar; None shows it where stderr is a terminal
 
     Layers are exactly of type nn.Linear (or nn.Embedding): a subclass means something of its own.  A weight that
-    several modules share stays as it is.
+    several modules share stays as it is, and one that is computed from others (weight_norm, prune, parametrizations).
 
     Raises InputError, before anything is changed, for a wrong format, block size, dtype or pattern, a weight on
     meta, a model with nothing to quantize and one that is quantized already.
@@ -193,14 +194,15 @@ def _choose(
         raise InputError("this model is quantized already: call dequantize_ first")
     owners = _owners_of_parameters(model)
     chosen, skipped = [], {}
-    for names, layer in _by_module(model, lambda module: type(module) in kinds):
+    for names, layer in _by_module(model, lambda module: parametrize.type_before_parametrizations(module) in kinds):
         name = names[0]
-        shared = [owner for owner in owners[id(layer.weight)] if owner not in names]
         if any(matches(one, skip) for one in names):
             skipped[name] = "named in skip"
         elif filter is not None and not filter(name, layer):
             skipped[name] = "left out by the filter"
-        elif shared:
+        elif _is_computed(layer):
+            skipped[name] = "its weight or bias is computed from others"
+        elif shared := [owner for owner in owners[id(layer.weight)] if owner not in names]:
             skipped[name] = f"its weight is shared with {', '.join(shared)}"
         elif isinstance(layer, nn.Embedding) and layer.max_norm is not None:
             skipped[name] = "max_norm rewrites the table in each lookup"
@@ -221,6 +223,12 @@ def _choose(
         if weight.is_meta:
             raise InputError(f"weights must be loaded before they are quantized; {name} is on meta")
     return chosen, skipped
+
+
+def _is_computed(layer: nn.Linear | nn.Embedding) -> bool:
+    """Whether a parametrization or hook makes weight or bias: they are then no parameters, or not the layer's own."""
+    plain = all(name in layer._parameters for name in ("weight", "bias") if hasattr(layer, name))
+    return parametrize.is_parametrized(layer) or not plain
 
 
 def _by_module(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[list[str], Any]]:

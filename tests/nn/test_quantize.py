@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import halfbyte
 from halfbyte.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
@@ -153,6 +154,32 @@ def test_a_shared_weight_stays_shared() -> None:
     report = halfbyte.quantize_(model, "nf4")
     assert report.skipped == {"head": "its weight is shared with table"}
     assert model["head"].weight is model["table"].weight
+
+
+COMPUTED = {
+    "weight_norm": lambda layer: nn.utils.weight_norm(layer),
+    "spectral_norm": lambda layer: nn.utils.spectral_norm(layer),
+    "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "prune of the bias": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    "parametrizations.weight_norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "parametrizations.spectral_norm": lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+    "parametrizations.orthogonal": lambda layer: nn.utils.parametrizations.orthogonal(layer),
+    "parametrization of the bias": lambda layer: parametrize.register_parametrization(layer, "bias", nn.Identity()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_from_others_stays_as_it_is(kind: str, format: str) -> None:
+    model = build()
+    COMPUTED[kind](model.up)
+    before, layer = model.up.state_dict(), model.up
+    report = halfbyte.quantize_(model, format)
+    assert report.skipped == {"up": "its weight or bias is computed from others", "lm_head": "named in skip"}
+    assert model.up is layer
+    assert model.up.state_dict().keys() == before.keys()
+    assert isinstance(model.down, Linear4bit if format == "nf4" else Linear8bitLt)
 
 
 def test_bias_and_training_mode_are_kept() -> None:
