@@ -108,6 +108,7 @@ def quantize_(
 
     Layers are exactly of type nn.Linear (or nn.Embedding): a subclass means something of its own.  A weight that
     several modules share stays as it is, and one that is computed from others (weight_norm, prune, parametrizations).
+    Forward and backward hooks go along.
 
     Raises InputError, before anything is changed, for a wrong format, block size, dtype or pattern, a weight on
     meta, a model with nothing to quantize and one that is quantized already.
@@ -141,6 +142,8 @@ def quantize_(
 
 def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None, progress: bool | None = None) -> list[str]:
     """Undo `quantize_`: replace quantized layers by ordinary ones with the dequantized weights, in place.
+
+    Hooks and settings go along; weights that were frozen before `quantize_` are frozen again.
 
     dtype    of the weights; None: the bias's, or what they had before
     returns  the names of the layers replaced
@@ -263,9 +266,9 @@ def _as_4bit(layer: nn.Linear | nn.Embedding, format: str, blocksize: int, neste
         new = Embedding4bit(
             layer.num_embeddings, layer.embedding_dim, layer.weight.dtype, quant_type=format, device="meta"
         )
-        new.padding_idx = layer.padding_idx
     new.weight = Params4bit(layer.weight.data, False, None, blocksize, nested, format, torch.uint8, new)
-    new.train(layer.training)
+    new.float_requires_grad = layer.weight.requires_grad
+    _carry_over(layer, new)
     return new
 
 
@@ -278,11 +281,25 @@ def _as_int8(layer: nn.Linear | nn.Embedding, threshold: float) -> QuantizedLaye
         new.bias = layer.bias
     else:
         new = Embedding8bit(layer.num_embeddings, layer.embedding_dim, "meta", layer.weight.dtype)
-        new.padding_idx = layer.padding_idx
     new.weight = Int8Params(layer.weight.data, requires_grad=False)
     new.dtype = layer.weight.dtype
-    new.train(layer.training)
+    new.float_requires_grad = layer.weight.requires_grad
+    _carry_over(layer, new)
     return new
+
+
+# What belongs to the place in the model and not to the kind of layer.  The hooks are the same dicts, so that a
+# handle goes on removing its hook; those of state dicts stay behind, because the keys change.
+_KEPT = (
+    *("training", "padding_idx", "norm_type", "scale_grad_by_freq", "sparse"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    new.__dict__.update({name: old.__dict__[name] for name in _KEPT if name in old.__dict__})
 
 
 def _dequantized_weight(layer: QuantizedLayer, dtype: torch.dtype | None) -> Tensor:
@@ -299,15 +316,15 @@ def _dequantized_weight(layer: QuantizedLayer, dtype: torch.dtype | None) -> Ten
 
 
 def _as_float(layer: QuantizedLayer, dtype: torch.dtype | None) -> nn.Linear | nn.Embedding:
-    weight = nn.Parameter(_dequantized_weight(layer, dtype))
+    weight = nn.Parameter(_dequantized_weight(layer, dtype), layer.float_requires_grad)
     new: nn.Linear | nn.Embedding
     if isinstance(layer, nn.Linear):
         new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         new.bias = layer.bias
     else:
-        new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
+        new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
     new.weight = weight
-    new.train(layer.training)
+    _carry_over(layer, new)
     return new
 
 

@@ -190,6 +190,43 @@ def test_bias_and_training_mode_are_kept() -> None:
     assert model.up.training
 
 
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_hooks_go_along_there_and_back(format: str) -> None:
+    model, called = build(), []
+    handles = [
+        model.up.register_forward_pre_hook(lambda *args: called.append("before")),
+        model.up.register_forward_hook(lambda *args, **kwargs: called.append("after"), with_kwargs=True),
+        model.up.register_forward_hook(lambda *args: called.append("always"), always_call=True),
+        model.up.register_full_backward_pre_hook(lambda *args: called.append("backward before")),
+        model.up.register_full_backward_hook(lambda *args: called.append("backward")),
+    ]
+    for change in (lambda: halfbyte.quantize_(model, format), lambda: halfbyte.dequantize_(model)):
+        change()
+        called.clear()
+        model(IDS).sum().backward()
+        assert called == ["before", "after", "always", "backward before", "backward"]
+    halfbyte.quantize_(model, format)
+    for handle in handles:
+        handle.remove()
+    called.clear()
+    model(IDS)
+    assert called == []
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_dequantized_layers_train_as_they_did_before(format: str) -> None:
+    model = build()
+    model.up.weight.requires_grad_(False)
+    model.table = nn.Embedding(40, 128, padding_idx=3, norm_type=1.0, scale_grad_by_freq=True, sparse=True)
+    halfbyte.quantize_(model, format, embeddings=True)
+    halfbyte.dequantize_(copy.deepcopy(model))
+    halfbyte.freeze_(model)
+    halfbyte.dequantize_(model)
+    assert [model.up.weight.requires_grad, model.down.weight.requires_grad] == [False, True]
+    kept = model.table
+    assert (kept.padding_idx, kept.norm_type, kept.scale_grad_by_freq, kept.sparse) == (3, 1.0, True, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models(dtype: torch.dtype) -> None:
     model = build().to(dtype)

@@ -43,6 +43,7 @@ class Stored4bit(nn.Module):
     weight: Tensor
     quant_state: QuantState | None
     frozen: Frozen4bit | None = None
+    float_requires_grad: bool = True  # of the weight that dequantize_ brings back
 
     def current_state(self) -> QuantState | None:
         """The weight's state; of a plain weight, the buffers' (frozen) or the module's copy (replaced by FSDP)."""
@@ -177,6 +178,7 @@ class StoredInt8(nn.Module):
     """A module with an int8 weight called `weight`."""
 
     weight: Tensor
+    float_requires_grad: bool = True  # of the weight that dequantize_ brings back
     _absmax: Tensor | None = None  # the weight's statistics again, for when FSDP replaces the parameter
 
     def require_quantized(self) -> None:
