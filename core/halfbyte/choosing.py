@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _runtime
 from .decision import Decision
-from .dispatch import answer, current_override
+from .dispatch import current_override
 from .errors import InputError
 from .op import Op
 
@@ -18,7 +18,7 @@ from .op import Op
 class BackendInfo:
     """One known backend.
 
-    reasons      why this machine cannot run it; empty means it can
+    reasons      why this machine cannot run it; empty means it can, as far as is known before its kernels are loaded
     provider     the distribution it comes from
     """
 
@@ -39,13 +39,13 @@ def active() -> dict[str, str]:
 
 def backends() -> list[BackendInfo]:
     """All known backends by descending priority; quarantined plugins come last, with their reason."""
-    plugins = _runtime.dispatcher.plugins
+    dispatcher, plugins = _runtime.dispatcher, _runtime.dispatcher.plugins
     known = [
         BackendInfo(
             backend.name,
             backend.priority,
             tuple(sorted(backend.device_types)) or ("any",),
-            answer(backend.why_not),
+            dispatcher.why_not(backend, load=False),
             plugins.providers[backend.name],
         )
         for backend in plugins.backends.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,14 +241,53 @@ def test_doctor_shows_a_backend_whose_kernels_cannot_be_loaded(capsys: Capture, 
     class Unloadable(halfbyte.Backend):
         name = "unloadable"
         device_types = frozenset({"cpu"})
-        priority = 1
+        priority = 500
 
         def kernels(self) -> Any:
             raise ImportError("libacme.so.1 is missing")
 
     plugin("unloadable", backend=Unloadable())
-    (one,) = (one for one in doctor(capsys, 0)["backends"] if one["name"] == "unloadable")
-    assert one["reasons"] == ["its kernels cannot be loaded: ImportError: libacme.so.1 is missing"]
+    found = doctor(capsys, 1)
+    (one,) = (one for one in found["backends"] if one["name"] == "unloadable")
+    reason = "its kernels cannot be loaded: ImportError: libacme.so.1 is missing"
+    assert one["reasons"] == [reason]
+    assert found["devices"][-1]["backend"] in ("cpu", "reference")
+    (check,) = found["checks"]
+    assert check == {
+        "name": "backend unloadable",
+        "ok": False,
+        "message": f"{reason}; install unloadable-dist 1.0 again",
+    }
+    assert main(["doctor"]) == 1
+    assert f"FAILED  backend unloadable: {reason}; install" in capsys.readouterr().out
+
+
+def test_doctor_fails_where_the_native_module_cannot_be_loaded(python: Callable[..., Any], tmp_path: Any) -> None:
+    garbage = tmp_path / f"_C{EXTENSION_SUFFIXES[0]}"
+    garbage.write_bytes(b"garbage")
+    code = f"""
+        import importlib.util, sys
+
+        class Finder:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                found = name == "halfbyte_cpu._C"
+                return importlib.util.spec_from_file_location(name, {str(garbage)!r}) if found else None
+
+        sys.meta_path.insert(0, Finder)
+        from halfbyte.__main__ import main
+        sys.exit(main(["doctor", "--json"]))
+    """
+    done = python(code, check=False)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert found["devices"][-1]["backend"] == "reference"
+    (check,) = found["checks"]
+    assert check["name"] == "backend cpu"
+    assert "its kernels cannot be loaded: ImportError: " in check["message"]
+    assert check["message"].endswith(
+        "; install halfbyte again from its source folder: pip install --force-reinstall --no-deps ."
+    )
 
 
 def test_doctor_advises_where_the_native_module_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,4 +295,7 @@ def test_doctor_advises_where_the_native_module_is_missing(monkeypatch: pytest.M
     monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
     build = diagnosis.diagnose()["build"]
     assert build["native_cpu"] is False
-    assert build["advice"].startswith("install a C++17 compiler first; then install halfbyte again")
+    assert build["advice"].startswith("install a C++17 compiler first, then install halfbyte again")
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "g++" else None)
+    advice = diagnosis.diagnose()["build"]["advice"]
+    assert advice.startswith("g++ can build it: install halfbyte again")

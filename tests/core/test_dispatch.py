@@ -123,6 +123,44 @@ def test_backend_whose_kernels_cannot_be_loaded_is_passed_over(stub_backend):
     F.dequantize_4bit(packed, state)
 
 
+def test_kernels_that_cannot_be_loaded_are_loaded_once_and_remembered(stub_backend, caplog):
+    loads = []
+
+    def kernels():
+        loads.append(1)
+        raise OSError("libacme.so: no such file")
+
+    def reasons():
+        return next(info.reasons for info in halfbyte.backends() if info.name == "acme")
+
+    stub_backend("acme", kernels=kernels)
+
+    assert (halfbyte.active()["cpu"], reasons(), loads) == ("acme", (), [])  # not known yet, and not found out here
+    quantized()
+    for _ in range(2):
+        F.quantize_8bit(torch.ones(8))
+        explain()
+    assert halfbyte.active()["cpu"] != "acme"
+    assert reasons() == ("its kernels cannot be loaded: OSError: libacme.so: no such file",)
+    assert loads == [1]
+    assert [one.message for one in caplog.records] == [f"backend acme is not used: {reasons()[0]}"]
+
+
+@pytest.mark.parametrize("ask", [halfbyte.active, explain, lambda: F.quantize_8bit(torch.ones(8))])
+def test_forced_backend_whose_kernels_cannot_be_loaded_is_unavailable(stub_backend, environment, ask):
+    stub_backend("acme", kernels=raising)
+    stub_backend("gpu", device_types=("cuda",), kernels=lambda: pytest.fail("there is no device for it"))
+    environment({"HALFBYTE_BACKEND": "acme"})
+
+    reason = r"\(acme: its kernels cannot be loaded: OSError: libacme.so: no such file\)$"
+    with pytest.raises(halfbyte.BackendUnavailable, match=f"^.*HALFBYTE_BACKEND=acme .*{reason}"):
+        ask()
+    with pytest.raises(halfbyte.BackendUnavailable, match=f"^set_backend=acme cannot run on this machine {reason}"):
+        halfbyte.set_backend("acme")
+    with halfbyte.use_backend("acme,reference"):
+        assert (halfbyte.active()["cpu"], explain().backend) == ("reference", "reference")
+
+
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
