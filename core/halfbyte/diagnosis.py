@@ -32,7 +32,7 @@ def diagnose() -> dict[str, Any]:
     Creates a context on each accelerator found, and loads the kernels of all backends.
     """
     dispatcher = _runtime.dispatcher
-    errors = list(dispatcher.config.errors)
+    errors = [*dispatcher.config.errors, *_wrong_values(dispatcher)]
     backends = _backends(dispatcher)  # first: it loads all kernels, and devices then show what could not be
     active: dict[str, str] = {}
     try:
@@ -141,6 +141,15 @@ def _variable(variable: EnvVar, owner: str | None, name: str) -> dict[str, str |
         "doc": variable.doc,
         "owner": owner,
     }
+
+
+def _wrong_values(dispatcher: Dispatcher) -> Iterator[str]:
+    """Variables of backends that are set to something else than their choices."""
+    for backend in dispatcher.plugins.backends.values():
+        for variable in backend.env:
+            value = os.environ.get(variable.name)
+            if value and variable.choices and value not in variable.choices:
+                yield f"{variable.name} must be one of {', '.join(variable.choices)}; got {value!r}"
 
 
 def _wrong_chains(dispatcher: Dispatcher, known: list[str]) -> list[str]:

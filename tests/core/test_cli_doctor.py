@@ -61,7 +61,10 @@ def wrong(op: str) -> halfbyte.Backend:
         name = "acme"
         device_types = frozenset({"cpu"})
         priority = 100
-        env = (halfbyte.EnvVar("HALFBYTE_ACME_SPEED", "How fast.", "a number"),)
+        env = (
+            halfbyte.EnvVar("HALFBYTE_ACME_SPEED", "How fast.", "a number"),
+            halfbyte.EnvVar("HALFBYTE_ACME_TABLE", "Which table.", choices=("byte", "nibble")),
+        )
 
         def kernels(self) -> Any:
             yield halfbyte.Kernel(op, kernel, variant="turbo")
@@ -204,6 +207,25 @@ def test_doctor_fails_for_a_wrong_setting(capsys: Capture, monkeypatch: pytest.M
     assert found["kernels"] == []
     assert main(["doctor"]) == 1
     assert f"WRONG   {sentence}" in capsys.readouterr().out
+
+
+def test_doctor_fails_for_a_value_that_a_backend_does_not_take(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, plugin: Callable[..., None]
+) -> None:
+    plugin("acme", backend=wrong("matmul_int8"))
+    for value in ("", "byte"):
+        monkeypatch.setenv("HALFBYTE_ACME_TABLE", value)
+        assert doctor(capsys, 1)["configuration_errors"] == []
+    monkeypatch.setenv("HALFBYTE_ACME_TABLE", "golden")
+    found = doctor(capsys, 1)
+    assert found["configuration_errors"] == ["HALFBYTE_ACME_TABLE must be one of byte, nibble; got 'golden'"]
+    assert {one["name"]: one["values"] for one in found["variables"]}["HALFBYTE_ACME_TABLE"] == "byte, nibble"
+
+
+def test_doctor_fails_for_an_instruction_set_that_is_none(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CPU_ISA", "foo")
+    (error,) = doctor(capsys, 1)["configuration_errors"]
+    assert error.startswith("HALFBYTE_CPU_ISA must be one of scalar, ")
 
 
 @pytest.mark.parametrize(
