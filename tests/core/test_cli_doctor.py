@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,6 +169,24 @@ def test_doctor_is_well(capsys: Capture) -> None:
     assert found["devices"][-1]["backend"] == halfbyte.active()["cpu"]
     assert {one["op"] for one in found["kernels"]} == set(BUILTIN)
     assert found["selfchecks"]["failed"] == []
+
+
+def test_keys_of_the_json_are_those_that_the_page_lists(capsys: Capture, plugin: Callable[..., None]) -> None:
+    plugin("acme", backend=wrong("matmul_int8"), checks=[Check("acme driver", True, "version 7")])
+    plugin("bad", backend=SimpleNamespace(name="bad"))
+    found = doctor(capsys, 1)
+    page = (Path(__file__).parents[2] / "docs/pages/command-line.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (each of )?`([a-z.]+)` \| (`.*) \|$", page.partition("| inside | keys |")[2], re.MULTILINE)
+    assert {name.partition(".")[0] for _, name, _ in rows} == {
+        key for key in found if isinstance(found[key], list | dict)
+    } - {"configuration_errors"}
+    for each, name, keys in rows:
+        value = found
+        for part in name.split("."):
+            value = value[part]
+        assert value, name
+        for one in value if each else [value]:
+            assert set(one) == set(re.findall(r"`(\w+)`", keys)), name
 
 
 def test_doctor_lists_every_variable_with_its_value(

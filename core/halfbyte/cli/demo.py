@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .output import require_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 when the embeddings are as close as they should be, 1 when not.  Raises InputError."""
     names = _names(args.format)
+    require_writable(args.json)
     model, embed = load(args.device)
     texts = sentences()
     started = time.perf_counter()
