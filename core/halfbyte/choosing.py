@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def explain(op: str | Op, *args: Any) -> Decision:
     op     a name such as "linear_4bit", or the Op
     args   what the op takes; or one Facts tuple of it
 
-    Raises InputError for an unknown op; where no kernel applies, the decision's backend is None.
+    Raises InputError for an unknown op or a wrong number of arguments; where no kernel applies, the decision's
+    backend is None.
     """
     dispatcher = _runtime.dispatcher
     record = dispatcher.plugins.ops.get(op) if isinstance(op, str) else op
@@ -71,6 +73,12 @@ def explain(op: str | Op, *args: Any) -> Decision:
         raise InputError(f"op must be one of {', '.join(sorted(dispatcher.plugins.ops))}; got {op!r}")
     if len(args) == 1 and isinstance(args[0], record.Facts):
         return dispatcher.decide(record, args[0], current_override() or dispatcher.process_chain)
+    taken = inspect.signature(record.facts)
+    try:
+        taken.bind(*args)
+    except TypeError:
+        names = ", ".join(taken.parameters)
+        raise InputError(f"{record.name} takes {names}, or its Facts; got {len(args)} arguments") from None
     record.check(*args)
     return dispatcher.decide(record, record.facts(*args), current_override() or dispatcher.process_chain)
 

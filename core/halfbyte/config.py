@@ -49,7 +49,7 @@ def parse_chain(value: str | Sequence[str], origin: str) -> Chain:
     Raises ConfigError for something that is not a list of backend names.
     """
     words = value.split(",") if isinstance(value, str) else value
-    chain = tuple(dict.fromkeys(str(word).strip() for word in words))
+    chain = tuple(dict.fromkeys(str(word).strip() for word in words)) if isinstance(words, Iterable) else ("",)
     for name in chain:
         if not BACKEND_NAME.fullmatch(name):
             raise ConfigError(f"{origin} must be a backend's name or a comma-separated list of names; got {value!r}")
