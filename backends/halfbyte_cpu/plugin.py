@@ -43,7 +43,7 @@ class CpuBackend(Backend):
     name = "cpu"
     device_types = frozenset({"cpu"})
     priority = 40
-    env = (EnvVar(ISA, "The highest instruction set that the CPU backend uses.", ", ".join(LEVELS)),)
+    env = (EnvVar(ISA, "The highest instruction set that the CPU backend uses.", choices=LEVELS),)
 
     def why_not(self) -> tuple[str, ...]:
         if importlib.util.find_spec("halfbyte_cpu._C") is None:

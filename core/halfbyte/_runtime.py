@@ -23,12 +23,13 @@ def start() -> tuple[Dispatcher, dict[str, Callable[..., Any]]]:
     plugins.ops.update((op.name, op) for op in ops.ALL)
     plugins.backends["reference"] = ReferenceBackend(plugins.ops)
     plugins.providers["reference"] = "halfbyte"
-    plugins.load(config.plugins)
+    installed = plugins.load(config.plugins)
     dispatcher = Dispatcher(plugins, config)
     callers = {name: dispatcher.caller(op) for name, op in plugins.ops.items()}
     for name, op in plugins.ops.items():
         register(op, callers[name])
     problems = config.errors + configuration.unknown_ops(config, plugins.ops)
+    problems += configuration.unknown_plugins(config, installed)
     if problems:
         dispatcher.config = Config(config.backend, config.per_op, config.fallback, config.plugins, problems)
     try:

@@ -20,12 +20,17 @@ class EnvVar:
 
     name      HALFBYTE_...
     doc       one sentence
-    values    the values it takes, in words
+    values    the values it takes, in words; the choices when empty
+    choices   all values it takes, where they can be listed: doctor fails for another one
     """
 
     name: str
     doc: str
     values: str = ""
+    choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", self.values or ", ".join(self.choices))
 
 
 @dataclass(frozen=True, slots=True)

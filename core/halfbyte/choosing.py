@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from . import _runtime
 from .decision import Decision
-from .dispatch import answer, current_override
+from .dispatch import current_override
 from .errors import InputError
 from .op import Op
 
@@ -18,7 +19,7 @@ from .op import Op
 class BackendInfo:
     """One known backend.
 
-    reasons      why this machine cannot run it; empty means it can
+    reasons      why this machine cannot run it; empty means it can, as far as is known before its kernels are loaded
     provider     the distribution it comes from
     """
 
@@ -39,13 +40,13 @@ def active() -> dict[str, str]:
 
 def backends() -> list[BackendInfo]:
     """All known backends by descending priority; quarantined plugins come last, with their reason."""
-    plugins = _runtime.dispatcher.plugins
+    dispatcher, plugins = _runtime.dispatcher, _runtime.dispatcher.plugins
     known = [
         BackendInfo(
             backend.name,
             backend.priority,
             tuple(sorted(backend.device_types)) or ("any",),
-            answer(backend.why_not),
+            dispatcher.why_not(backend, load=False),
             plugins.providers[backend.name],
         )
         for backend in plugins.backends.values()
@@ -63,7 +64,8 @@ def explain(op: str | Op, *args: Any) -> Decision:
     op     a name such as "linear_4bit", or the Op
     args   what the op takes; or one Facts tuple of it
 
-    Raises InputError for an unknown op; where no kernel applies, the decision's backend is None.
+    Raises InputError for an unknown op or a wrong number of arguments; where no kernel applies, the decision's
+    backend is None.
     """
     dispatcher = _runtime.dispatcher
     record = dispatcher.plugins.ops.get(op) if isinstance(op, str) else op
@@ -71,6 +73,12 @@ def explain(op: str | Op, *args: Any) -> Decision:
         raise InputError(f"op must be one of {', '.join(sorted(dispatcher.plugins.ops))}; got {op!r}")
     if len(args) == 1 and isinstance(args[0], record.Facts):
         return dispatcher.decide(record, args[0], current_override() or dispatcher.process_chain)
+    taken = inspect.signature(record.facts)
+    try:
+        taken.bind(*args)
+    except TypeError:
+        names = ", ".join(taken.parameters)
+        raise InputError(f"{record.name} takes {names}, or its Facts; got {len(args)} arguments") from None
     record.check(*args)
     facts = record.Facts(*record.facts(*args))
     return dispatcher.decide(record, facts, current_override() or dispatcher.process_chain)

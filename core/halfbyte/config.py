@@ -15,14 +15,14 @@ AUTO: Chain = ("auto",)
 
 BACKEND_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
+_FALLBACKS = ("warn", "error", "silent")
+
 VARIABLES = (
     EnvVar("HALFBYTE_BACKEND", "Backends to use, best first: the whole chain.", "a name, a list with commas, auto"),
     EnvVar("HALFBYTE_BACKEND_<OP>", "The same for one op, as in HALFBYTE_BACKEND_LINEAR_4BIT.", "as HALFBYTE_BACKEND"),
-    EnvVar("HALFBYTE_FALLBACK", "What happens when an accelerator falls back to the reference.", "warn, error, silent"),
+    EnvVar("HALFBYTE_FALLBACK", "What happens when an accelerator falls back to the reference.", choices=_FALLBACKS),
     EnvVar("HALFBYTE_PLUGINS", "Which third-party plugins are loaded.", "all, none, or names with commas"),
 )
-
-_FALLBACKS = ("warn", "error", "silent")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def parse_chain(value: str | Sequence[str], origin: str) -> Chain:
     Raises ConfigError for something that is not a list of backend names.
     """
     words = value.split(",") if isinstance(value, str) else value
-    chain = tuple(dict.fromkeys(str(word).strip() for word in words))
+    chain = tuple(dict.fromkeys(str(word).strip() for word in words)) if isinstance(words, Iterable) else ("",)
     for name in chain:
         if not BACKEND_NAME.fullmatch(name):
             raise ConfigError(f"{origin} must be a backend's name or a comma-separated list of names; got {value!r}")
@@ -91,7 +91,16 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
 def _plugins(value: str) -> frozenset[str] | None:
     if value == "all":
         return None
-    return frozenset() if value == "none" else frozenset(word.strip() for word in value.split(","))
+    return frozenset() if value == "none" else frozenset(word.strip() for word in value.split(",")) - {""}
+
+
+def unknown_plugins(config: Config, installed: Iterable[str]) -> tuple[str, ...]:
+    """Sentences about names in HALFBYTE_PLUGINS that no plugin has."""
+    known = ", ".join(sorted(installed)) or "none"
+    return tuple(
+        f"HALFBYTE_PLUGINS: there is no plugin {name!r}; installed are {known}"
+        for name in sorted((config.plugins or frozenset()) - set(installed))
+    )
 
 
 def unknown_ops(config: Config, ops: Iterable[str]) -> tuple[str, ...]:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from . import __version__, _runtime, choosing, config, probe, selfcheck
-from .backend import EnvVar
-from .dispatch import Dispatcher
+from .backend import Check, EnvVar
+from .dispatch import Dispatcher, answer
 from .errors import HalfbyteError
 from .kernel import DeviceFacts
 
 SCHEMA = 1
 
 _COMPILERS = ("c++", "g++", "clang++", "cl")
+_INSTALL = "install halfbyte again from its source folder: pip install --force-reinstall --no-deps ."
 
 
 def diagnose() -> dict[str, Any]:
@@ -31,7 +32,8 @@ def diagnose() -> dict[str, Any]:
     Creates a context on each accelerator found, and loads the kernels of all backends.
     """
     dispatcher = _runtime.dispatcher
-    errors = list(dispatcher.config.errors)
+    errors = [*dispatcher.config.errors, *_wrong_values(dispatcher)]
+    backends = _backends(dispatcher)  # first: it loads all kernels, and devices then show what could not be
     active: dict[str, str] = {}
     try:
         active = choosing.active()
@@ -40,13 +42,16 @@ def diagnose() -> dict[str, Any]:
             errors.append(str(error))
     errors += _wrong_chains(dispatcher, errors)
     results = [] if errors else list(_run_selfchecks(dispatcher, list(active)))
-    checks = [{"name": one.name, "ok": one.ok, "message": one.message} for one in dispatcher.plugins.doctor_checks()]
+    checks = [
+        {"name": one.name, "ok": one.ok, "message": one.message}
+        for one in (*_load_failures(dispatcher), *dispatcher.plugins.doctor_checks())
+    ]
     return {
         "schema": SCHEMA,
         "ok": not errors and all(one.ok for one in results) and all(one["ok"] for one in checks),
         "versions": _versions(),
         "devices": [_device(device, active) for device in probe.machine()],
-        "backends": _backends(dispatcher),
+        "backends": backends,
         "quarantined": [
             {"plugin": one.plugin, "provider": one.provider, "reason": one.reason}
             for one in dispatcher.plugins.quarantined.values()
@@ -98,6 +103,15 @@ def _backends(dispatcher: Dispatcher) -> list[dict[str, Any]]:
     ]
 
 
+def _load_failures(dispatcher: Dispatcher) -> Iterator[Check]:
+    """Backends that the machine could run, but whose kernels cannot be loaded."""
+    for backend in dispatcher.plugins.backends.values():
+        if not answer(backend.why_not) and (reasons := dispatcher.why_not(backend)):
+            provider = dispatcher.plugins.providers[backend.name]
+            again = _INSTALL if provider == "halfbyte" else f"install {provider} again"
+            yield Check(f"backend {backend.name}", False, f"{'; '.join(reasons)}; {again}")
+
+
 def _variables(dispatcher: Dispatcher) -> Iterator[dict[str, str | None]]:
     """Every variable that is read, with its value; then those that are set but read by nobody."""
     owned = [(variable, "halfbyte") for variable in config.VARIABLES]
@@ -129,6 +143,15 @@ def _variable(variable: EnvVar, owner: str | None, name: str) -> dict[str, str |
     }
 
 
+def _wrong_values(dispatcher: Dispatcher) -> Iterator[str]:
+    """Variables of backends that are set to something else than their choices."""
+    for backend in dispatcher.plugins.backends.values():
+        for variable in backend.env:
+            value = os.environ.get(variable.name)
+            if value and variable.choices and value not in variable.choices:
+                yield f"{variable.name} must be one of {', '.join(variable.choices)}; got {value!r}"
+
+
 def _wrong_chains(dispatcher: Dispatcher, known: list[str]) -> list[str]:
     """Chains of single ops that cannot run here."""
     errors = []
@@ -146,9 +169,8 @@ def _build() -> dict[str, Any]:
     compilers = {name: path for name in _COMPILERS if (path := shutil.which(name))}
     advice = None
     if not built:
-        install = "install halfbyte again from its source folder: pip install --force-reinstall --no-deps ."
-        lacking = f"a compiler is there ({', '.join(compilers)})" if compilers else "install a C++17 compiler first"
-        advice = f"{lacking}; then {install}"
+        way = f"{', '.join(compilers)} can build it:" if compilers else "install a C++17 compiler first, then"
+        advice = f"{way} {_INSTALL}"
     return {"native_cpu": built, "compilers": compilers, "advice": advice}
 
 

@@ -41,6 +41,7 @@ class Dispatcher:
         self.process_chain: Chain | None = None
         self._lock = threading.RLock()
         self._kernels: dict[str, dict[str, list[Kernel]]] = {}
+        self._unloadable: dict[str, Reasons] = {}
         self._plans: dict[str, dict[Any, Callable[..., Any]]] = {}
         self._warned: set[tuple[str, str]] = set()
         if hasattr(os, "register_at_fork"):
@@ -88,9 +89,8 @@ class Dispatcher:
 
     def decide(self, op: Op, facts: Any, chain: Chain | None = None) -> Decision:
         """Resolve one situation, with the whole trace.  Raises ConfigError or BackendUnavailable for a bad chain."""
-        chain, origin = self._chain(op.name, chain)
         device = probe.confirmed(facts.device)
-        names, chosen_by = self._candidates(op, facts, chain, origin)
+        names, chosen_by = self._candidates(op, facts, *self._chain(op.name, chain))
         excluded = self._excluded(names, chosen_by)
         tried: list[tuple[str, Reasons]] = []
         for name in names:
@@ -98,6 +98,7 @@ class Dispatcher:
             if kernel is not None:
                 return Decision(op.name, facts, device, name, kernel.variant, chosen_by, tuple(tried), excluded, kernel)
             tried.append((name, reasons))
+        self._chain(op.name, chain)  # raises where by now it is known that the kernels of none can be loaded
         return Decision(op.name, facts, device, None, "", chosen_by, tuple(tried), excluded, None)
 
     def _chain(self, op: str, chain: Chain | None) -> tuple[Chain, str]:
@@ -178,16 +179,21 @@ class Dispatcher:
                 self._kernels[backend.name] = by_op
             return self._kernels[backend.name]
 
-    def why_not(self, backend: Backend) -> Reasons:
-        """Reasons against a backend on this machine; kernels that cannot be loaded count as one."""
+    def why_not(self, backend: Backend, *, load: bool = True) -> Reasons:
+        """Reasons against a backend on this machine.
+
+        Kernels that cannot be loaded count as one: it is found out here, once, or with load=False only remembered.
+        """
         if reasons := answer(backend.why_not):
             return reasons
-        try:
-            self.kernels(backend)
-        except Exception as error:
-            log.debug("kernels of %s cannot be loaded", backend.name, exc_info=True)
-            return (f"its kernels cannot be loaded: {type(error).__name__}: {error}",)
-        return ()
+        if load and backend.name not in self._unloadable:
+            try:
+                self.kernels(backend)
+            except Exception as error:
+                reason = f"its kernels cannot be loaded: {type(error).__name__}: {error}"
+                log.warning("backend %s is not used: %s", backend.name, reason)
+                self._unloadable[backend.name] = (reason,)
+        return self._unloadable.get(backend.name, ())
 
     def _mind_the_fallback(self, decision: Decision) -> None:
         """Say once per op and device that an accelerator runs the reference without having been told to."""
@@ -223,7 +229,7 @@ class Dispatcher:
                 raise BackendUnavailable(f"backend {name} is quarantined: {plugin.reason}") from plugin.error
             known = ", ".join(sorted(self.plugins.backends))
             raise ConfigError(f"{origin}: there is no backend {name!r}; known are {known}")
-        against = {name: answer(self.plugins.backends[name].why_not) for name in chain}
+        against = {name: self.why_not(self.plugins.backends[name], load=False) for name in chain}
         if all(against.values()):
             reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in against.items())
             raise BackendUnavailable(f"{origin}={','.join(chain)} cannot run on this machine ({reasons})")
@@ -233,21 +239,23 @@ class Dispatcher:
         self._chain("", self.process_chain)
 
     def active(self) -> dict[str, str]:
-        """The backend of each device found."""
+        """The backend of each device found.  Kernels are loaded only of a backend that was asked for by name."""
         chain, origin = self._chain("", _override.get() or self.process_chain)
         found = {}
         for device in probe.machine():
             forced = chain != AUTO and any(self.plugins.backends[name].claims(device.type) for name in chain)
-            names = chain if forced else self._by_priority(device.type)
-            for name in names:
+            against = []
+            for name in chain if forced else self._by_priority(device.type):
                 backend = self.plugins.backends[name]
-                if backend.claims(device.type) and not (
-                    answer(backend.why_not) or answer(backend.why_not_device, device)
-                ):
+                if not backend.claims(device.type):
+                    continue
+                why = self.why_not(backend, load=forced) or answer(backend.why_not_device, device)
+                if not why:
                     found[str(device)] = name
                     break
+                against.append(f"{name}: {', '.join(why)}")
             else:
-                raise BackendUnavailable(f"no backend of {origin} can run on {device}")
+                raise BackendUnavailable(f"no backend of {origin} can run on {device} ({'; '.join(against)})")
         return found
 
     def set_backend(self, chain: str | Sequence[str] | None) -> None:
@@ -271,6 +279,7 @@ class Dispatcher:
             for plan in self._plans.values():
                 plan.clear()
             self._kernels.clear()
+            self._unloadable.clear()
             self._warned.clear()
 
 

@@ -154,9 +154,16 @@ def quantize_8bit(x: Tensor, *, codebook: str | Tensor = "dynamic", blocksize: i
     codebook   "dynamic", "dynamic_unsigned", or 256 ascending float32 values
     returns    codes uint8 of x's shape, and the state that undoes it
 
+    Raises InputError for a wrong dtype, block size or codebook; on an accelerator its order is not checked.
     Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 2 (arXiv 2110.02861).
     """
-    table = formats.codebook(codebook, x.device) if isinstance(codebook, str) else codebook
+    if isinstance(codebook, str):
+        table = formats.codebook(codebook, x.device)
+    else:
+        table = codebook
+        # To look at it would wait for an accelerator and break a graph.
+        if table.device.type == "cpu" and _direct(x.detach(), None) and bool((table[1:] < table[:-1]).any()):
+            raise InputError("codebook must ascend; got one that does not")
     codes, absmax = _call("quantize_8bit", _ops.quantize_8bit.default, x.detach(), table, blocksize)
     return codes, QuantState(absmax, x.shape, table, blocksize, None, x.dtype)
 

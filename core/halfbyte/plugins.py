@@ -46,14 +46,19 @@ class Plugins:
         self.providers: dict[str, str] = {}
         self.quarantined: dict[str, Quarantined] = {}
 
-    def load(self, wanted: frozenset[str] | None) -> None:
-        """Load the built-in plugins and the installed ones; `wanted` limits the installed ones by name."""
+    def load(self, wanted: frozenset[str] | None) -> list[str]:
+        """Load the built-in plugins and the installed ones; `wanted` limits the installed ones by name.
+
+        returns  the names of all that could be loaded
+        """
         for name, module in BUILTIN.items():
             self.add(name, "halfbyte", _importer(module))
-        for entry in importlib.metadata.entry_points(group=GROUP):
+        installed = importlib.metadata.entry_points(group=GROUP)
+        for entry in installed:
             if wanted is None or entry.name in wanted:
                 provider = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
                 self.add(entry.name, provider, entry.load)
+        return [*BUILTIN, *(entry.name for entry in installed)]
 
     def add(self, name: str, provider: str, load: Callable[[], Any]) -> None:
         """Load one plugin, validate all it offers, then register it; or quarantine it whole."""

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import formats, functional
 from .errors import InputError
 from .kernel import show
 from .nn import Embedding4bit, Embedding8bit, Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from .ops.checks import FLOATS
+from .ops.checks import FLOATS, blocksize_4bit
 
 FORMATS = (*formats.FORMATS, "int8")
 
@@ -106,10 +107,11 @@ def quantize_(
     progress    show a progress bar; None shows it where stderr is a terminal
 
     Layers are exactly of type nn.Linear (or nn.Embedding): a subclass means something of its own.  A weight that
-    several modules share stays as it is.
+    several modules share stays as it is, and one that is computed from others (weight_norm, prune, parametrizations).
+    Forward and backward hooks go along.
 
-    Raises InputError, before anything is changed, for a wrong format, block size, dtype or pattern, a weight on
-    meta, a model with nothing to quantize and one that is quantized already.
+    Raises InputError, before anything is changed, for a wrong format, block size, dtype, device or pattern, a weight
+    on meta, a model with nothing to quantize and one that is quantized already.
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
@@ -118,8 +120,10 @@ def quantize_(
             raise InputError("nested absmax is for nf4 and fp4; got format='int8'")
         if not threshold >= 0:
             raise InputError(f"threshold must be 0 (no outliers) or positive; got {threshold}")
-    elif blocksize not in formats.BLOCKSIZES:
-        raise InputError(f"blocksize must be one of {', '.join(map(str, formats.BLOCKSIZES))}; got {blocksize}")
+    else:
+        blocksize_4bit(blocksize)
+    if device is not None:
+        require_device(device)
     chosen, skipped = _choose(model, compile_patterns(skip), filter, embeddings)
 
     def quantized(layer: nn.Linear | nn.Embedding) -> QuantizedLayer:
@@ -141,6 +145,8 @@ def quantize_(
 def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None, progress: bool | None = None) -> list[str]:
     """Undo `quantize_`: replace quantized layers by ordinary ones with the dequantized weights, in place.
 
+    Hooks and settings go along; weights that were frozen before `quantize_` are frozen again.
+
     dtype    of the weights; None: the bias's, or what they had before
     returns  the names of the layers replaced
 
@@ -160,6 +166,14 @@ def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None, progress:
                 model.set_submodule(name, new)
             advance(names[0])
     return [names[0] for names, _ in found]
+
+
+def require_device(device: torch.device | str) -> None:
+    """Raise InputError for a device that cannot hold data on this machine; meta is one."""
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # torch raises what it likes here: RuntimeError, AssertionError, NotImplementedError
+        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 # -- choosing layers -----------------------------------------------------------------------------------------
@@ -193,14 +207,15 @@ def _choose(
         raise InputError("this model is quantized already: call dequantize_ first")
     owners = _owners_of_parameters(model)
     chosen, skipped = [], {}
-    for names, layer in _by_module(model, lambda module: type(module) in kinds):
+    for names, layer in _by_module(model, lambda module: parametrize.type_before_parametrizations(module) in kinds):
         name = names[0]
-        shared = [owner for owner in owners[id(layer.weight)] if owner not in names]
         if any(matches(one, skip) for one in names):
             skipped[name] = "named in skip"
         elif filter is not None and not filter(name, layer):
             skipped[name] = "left out by the filter"
-        elif shared:
+        elif _is_computed(layer):
+            skipped[name] = "its weight or bias is computed from others"
+        elif shared := [owner for owner in owners[id(layer.weight)] if owner not in names]:
             skipped[name] = f"its weight is shared with {', '.join(shared)}"
         elif isinstance(layer, nn.Embedding) and layer.max_norm is not None:
             skipped[name] = "max_norm rewrites the table in each lookup"
@@ -221,6 +236,12 @@ def _choose(
         if weight.is_meta:
             raise InputError(f"weights must be loaded before they are quantized; {name} is on meta")
     return chosen, skipped
+
+
+def _is_computed(layer: nn.Linear | nn.Embedding) -> bool:
+    """Whether a parametrization or hook makes weight or bias: they are then no parameters, or not the layer's own."""
+    plain = all(name in layer._parameters for name in ("weight", "bias") if hasattr(layer, name))
+    return parametrize.is_parametrized(layer) or not plain
 
 
 def _by_module(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[list[str], Any]]:
@@ -255,9 +276,9 @@ def _as_4bit(layer: nn.Linear | nn.Embedding, format: str, blocksize: int, neste
         new = Embedding4bit(
             layer.num_embeddings, layer.embedding_dim, layer.weight.dtype, quant_type=format, device="meta"
         )
-        new.padding_idx = layer.padding_idx
     new.weight = Params4bit(layer.weight.data, False, None, blocksize, nested, format, torch.uint8, new)
-    new.train(layer.training)
+    new.float_requires_grad = layer.weight.requires_grad
+    _carry_over(layer, new)
     return new
 
 
@@ -270,11 +291,25 @@ def _as_int8(layer: nn.Linear | nn.Embedding, threshold: float) -> QuantizedLaye
         new.bias = layer.bias
     else:
         new = Embedding8bit(layer.num_embeddings, layer.embedding_dim, "meta", layer.weight.dtype)
-        new.padding_idx = layer.padding_idx
     new.weight = Int8Params(layer.weight.data, requires_grad=False)
     new.dtype = layer.weight.dtype
-    new.train(layer.training)
+    new.float_requires_grad = layer.weight.requires_grad
+    _carry_over(layer, new)
     return new
+
+
+# What belongs to the place in the model and not to the kind of layer.  The hooks are the same dicts, so that a
+# handle goes on removing its hook; those of state dicts stay behind, because the keys change.
+_KEPT = (
+    *("training", "padding_idx", "norm_type", "scale_grad_by_freq", "sparse"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    new.__dict__.update({name: old.__dict__[name] for name in _KEPT if name in old.__dict__})
 
 
 def _dequantized_weight(layer: QuantizedLayer, dtype: torch.dtype | None) -> Tensor:
@@ -291,15 +326,15 @@ def _dequantized_weight(layer: QuantizedLayer, dtype: torch.dtype | None) -> Ten
 
 
 def _as_float(layer: QuantizedLayer, dtype: torch.dtype | None) -> nn.Linear | nn.Embedding:
-    weight = nn.Parameter(_dequantized_weight(layer, dtype))
+    weight = nn.Parameter(_dequantized_weight(layer, dtype), layer.float_requires_grad)
     new: nn.Linear | nn.Embedding
     if isinstance(layer, nn.Linear):
         new = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         new.bias = layer.bias
     else:
-        new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
+        new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
     new.weight = weight
-    new.train(layer.training)
+    _carry_over(layer, new)
     return new
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,7 +67,10 @@ def wrong(op: str) -> halfbyte.Backend:
         name = "acme"
         device_types = frozenset({"cpu"})
         priority = 100
-        env = (halfbyte.EnvVar("HALFBYTE_ACME_SPEED", "How fast.", "a number"),)
+        env = (
+            halfbyte.EnvVar("HALFBYTE_ACME_SPEED", "How fast.", "a number"),
+            halfbyte.EnvVar("HALFBYTE_ACME_TABLE", "Which table.", choices=("byte", "nibble")),
+        )
 
         def kernels(self) -> Any:
             yield halfbyte.Kernel(op, kernel, variant="turbo")
@@ -169,6 +175,24 @@ def test_doctor_is_well(capsys: Capture) -> None:
     assert found["selfchecks"]["failed"] == []
 
 
+def test_keys_of_the_json_are_those_that_the_page_lists(capsys: Capture, plugin: Callable[..., None]) -> None:
+    plugin("acme", backend=wrong("matmul_int8"), checks=[Check("acme driver", True, "version 7")])
+    plugin("bad", backend=SimpleNamespace(name="bad"))
+    found = doctor(capsys, 1)
+    page = (Path(__file__).parents[2] / "docs/pages/command-line.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (each of )?`([a-z.]+)` \| (`.*) \|$", page.partition("| inside | keys |")[2], re.MULTILINE)
+    assert {name.partition(".")[0] for _, name, _ in rows} == {
+        key for key in found if isinstance(found[key], list | dict)
+    } - {"configuration_errors"}
+    for each, name, keys in rows:
+        value = found
+        for part in name.split("."):
+            value = value[part]
+        assert value, name
+        for one in value if each else [value]:
+            assert set(one) == set(re.findall(r"`(\w+)`", keys)), name
+
+
 def test_doctor_lists_every_variable_with_its_value(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, plugin: Callable[..., None]
 ) -> None:
@@ -209,6 +233,25 @@ def test_doctor_fails_for_a_wrong_setting(capsys: Capture, monkeypatch: pytest.M
     assert f"WRONG   {sentence}" in capsys.readouterr().out
 
 
+def test_doctor_fails_for_a_value_that_a_backend_does_not_take(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, plugin: Callable[..., None]
+) -> None:
+    plugin("acme", backend=wrong("matmul_int8"))
+    for value in ("", "byte"):
+        monkeypatch.setenv("HALFBYTE_ACME_TABLE", value)
+        assert doctor(capsys, 1)["configuration_errors"] == []
+    monkeypatch.setenv("HALFBYTE_ACME_TABLE", "golden")
+    found = doctor(capsys, 1)
+    assert found["configuration_errors"] == ["HALFBYTE_ACME_TABLE must be one of byte, nibble; got 'golden'"]
+    assert {one["name"]: one["values"] for one in found["variables"]}["HALFBYTE_ACME_TABLE"] == "byte, nibble"
+
+
+def test_doctor_fails_for_an_instruction_set_that_is_none(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CPU_ISA", "foo")
+    (error,) = doctor(capsys, 1)["configuration_errors"]
+    assert error.startswith("HALFBYTE_CPU_ISA must be one of scalar, ")
+
+
 @pytest.mark.parametrize(
     "chosen", [config.Config(backend=("nonsense",)), config.Config(per_op={"matmul_int8": ("nonsense",)})]
 )
@@ -244,14 +287,53 @@ def test_doctor_shows_a_backend_whose_kernels_cannot_be_loaded(capsys: Capture, 
     class Unloadable(halfbyte.Backend):
         name = "unloadable"
         device_types = frozenset({"cpu"})
-        priority = 1
+        priority = 500
 
         def kernels(self) -> Any:
             raise ImportError("libacme.so.1 is missing")
 
     plugin("unloadable", backend=Unloadable())
-    (one,) = (one for one in doctor(capsys, 0)["backends"] if one["name"] == "unloadable")
-    assert one["reasons"] == ["its kernels cannot be loaded: ImportError: libacme.so.1 is missing"]
+    found = doctor(capsys, 1)
+    (one,) = (one for one in found["backends"] if one["name"] == "unloadable")
+    reason = "its kernels cannot be loaded: ImportError: libacme.so.1 is missing"
+    assert one["reasons"] == [reason]
+    assert found["devices"][-1]["backend"] in ("cpu", "reference")
+    (check,) = found["checks"]
+    assert check == {
+        "name": "backend unloadable",
+        "ok": False,
+        "message": f"{reason}; install unloadable-dist 1.0 again",
+    }
+    assert main(["doctor"]) == 1
+    assert f"FAILED  backend unloadable: {reason}; install" in capsys.readouterr().out
+
+
+def test_doctor_fails_where_the_native_module_cannot_be_loaded(python: Callable[..., Any], tmp_path: Any) -> None:
+    garbage = tmp_path / f"_C{EXTENSION_SUFFIXES[0]}"
+    garbage.write_bytes(b"garbage")
+    code = f"""
+        import importlib.util, sys
+
+        class Finder:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                found = name == "halfbyte_cpu._C"
+                return importlib.util.spec_from_file_location(name, {str(garbage)!r}) if found else None
+
+        sys.meta_path.insert(0, Finder)
+        from halfbyte.__main__ import main
+        sys.exit(main(["doctor", "--json"]))
+    """
+    done = python(code, check=False)
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert found["devices"][-1]["backend"] == "reference"
+    (check,) = found["checks"]
+    assert check["name"] == "backend cpu"
+    assert "its kernels cannot be loaded: ImportError: " in check["message"]
+    assert check["message"].endswith(
+        "; install halfbyte again from its source folder: pip install --force-reinstall --no-deps ."
+    )
 
 
 def test_doctor_advises_where_the_native_module_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,4 +341,7 @@ def test_doctor_advises_where_the_native_module_is_missing(monkeypatch: pytest.M
     monkeypatch.setattr(diagnosis.shutil, "which", lambda name: None)
     build = diagnosis.diagnose()["build"]
     assert build["native_cpu"] is False
-    assert build["advice"].startswith("install a C++17 compiler first; then install halfbyte again")
+    assert build["advice"].startswith("install a C++17 compiler first, then install halfbyte again")
+    monkeypatch.setattr(diagnosis.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "g++" else None)
+    advice = diagnosis.diagnose()["build"]["advice"]
+    assert advice.startswith("g++ can build it: install halfbyte again")

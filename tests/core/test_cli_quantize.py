@@ -433,6 +433,13 @@ def test_refuses_an_unknown_model_without_include(model: Path, tmp_path: Path, r
     assert "pip install halfbyte[transformers]" in refusal(model, tmp_path / "out", "--format", "nf4")
 
 
+def test_skip_and_include_take_one_value_and_leave_the_folders_alone(model: Path, tmp_path: Path) -> None:
+    arguments = ["--include", "up", "--include", "down", "--skip", "xyz", "--skip", "down", str(model)]
+    assert main(["quantize", "--format", "nf4", *arguments, str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "down" in str(config["quantization_config"])
+
+
 def test_refuses_when_nothing_is_left(model: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
     assert "--include matches no" in refusal(model, tmp_path / "out", "--format", "nf4", "--include", "xyz")
     assert "--skip matches all" in refusal(model, tmp_path / "out", "--format", "nf4", *INCLUDE, "--skip", ".*")

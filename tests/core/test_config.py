@@ -67,7 +67,26 @@ def test_env_HALFBYTE_PLUGINS():
     assert config.read({}).plugins is None
     assert config.read({"HALFBYTE_PLUGINS": "all"}).plugins is None
     assert config.read({"HALFBYTE_PLUGINS": "none"}).plugins == frozenset()
-    assert config.read({"HALFBYTE_PLUGINS": "acme, other"}).plugins == {"acme", "other"}
+    assert config.read({"HALFBYTE_PLUGINS": "acme, other,"}).plugins == {"acme", "other"}
+
+
+def test_plugin_that_is_not_installed_is_a_warning_at_import_and_an_error_at_the_first_use(python):
+    code = """
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import halfbyte
+        print(*(one.message for one in caught))
+        try:
+            halfbyte.active()
+        except halfbyte.ConfigError as error:
+            print(error)
+    """
+    warned, raised = python(code, HALFBYTE_PLUGINS="cpu,missing").stdout.splitlines()
+
+    assert raised.startswith("HALFBYTE_PLUGINS: there is no plugin 'missing'; installed are ")
+    assert "cpu" in raised.partition("installed are ")[2]
+    assert warned == f"{raised} (`halfbyte doctor` explains)"
 
 
 @pytest.mark.parametrize(

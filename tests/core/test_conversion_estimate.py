@@ -18,6 +18,7 @@ from halfbyte.conversion.convert import Options, convert
 from halfbyte.conversion.estimate import adamw8bit, estimate
 
 INCLUDE = ["up", "down", "odd"]
+OPTIONS = [f"--include={name}" for name in INCLUDE]
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_estimate_reads_no_tensors(model: Path, monkeypatch: pytest.MonkeyPatch)
 def test_estimate_command_prints_figures_and_what_they_leave_out(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["estimate", str(model), "--include", *INCLUDE, "--skip", "nothing"]) == 0
+    assert main(["estimate", str(model), *OPTIONS, "--skip", "nothing"]) == 0
     streams = capsys.readouterr()
     for text in ("fp32", "nf4 nested", "QLoRA on nf4, rank 16", "AdamW8bit", "Activations", "not included"):
         assert text in streams.out
@@ -139,7 +140,7 @@ def test_estimate_command_prints_figures_and_what_they_leave_out(
 
 
 def test_estimate_command_prints_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", str(model), "--include", *INCLUDE, "--json"]) == 0
+    assert main(["estimate", str(model), *OPTIONS, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["weights"].keys() == {"fp32", "bf16", "int8", "nf4", "fp4", "nf4 nested", "fp4 nested"}
     assert found["training"].keys() == {"full", "qlora nf4", "qlora nf4 nested"}
@@ -158,7 +159,7 @@ def test_estimate_refuses_what_quantize_refuses(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(model, tmp_path / "out", Options("nf4"), include=INCLUDE)
-    assert main(["estimate", str(tmp_path / "out"), "--include", *INCLUDE]) == 2
+    assert main(["estimate", str(tmp_path / "out"), *OPTIONS]) == 2
     assert main(["estimate", str(tmp_path / "missing")]) == 2
     assert main(["estimate", str(model), "--blocksize", "100"]) == 2
     told = capsys.readouterr().err

@@ -123,6 +123,44 @@ def test_backend_whose_kernels_cannot_be_loaded_is_passed_over(stub_backend):
     F.dequantize_4bit(packed, state)
 
 
+def test_kernels_that_cannot_be_loaded_are_loaded_once_and_remembered(stub_backend, caplog):
+    loads = []
+
+    def kernels():
+        loads.append(1)
+        raise OSError("libacme.so: no such file")
+
+    def reasons():
+        return next(info.reasons for info in halfbyte.backends() if info.name == "acme")
+
+    stub_backend("acme", kernels=kernels)
+
+    assert (halfbyte.active()["cpu"], reasons(), loads) == ("acme", (), [])  # not known yet, and not found out here
+    quantized()
+    for _ in range(2):
+        F.quantize_8bit(torch.ones(8))
+        explain()
+    assert halfbyte.active()["cpu"] != "acme"
+    assert reasons() == ("its kernels cannot be loaded: OSError: libacme.so: no such file",)
+    assert loads == [1]
+    assert [one.message for one in caplog.records] == [f"backend acme is not used: {reasons()[0]}"]
+
+
+@pytest.mark.parametrize("ask", [halfbyte.active, explain, lambda: F.quantize_8bit(torch.ones(8))])
+def test_forced_backend_whose_kernels_cannot_be_loaded_is_unavailable(stub_backend, environment, ask):
+    stub_backend("acme", kernels=raising)
+    stub_backend("gpu", device_types=("cuda",), kernels=lambda: pytest.fail("there is no device for it"))
+    environment({"HALFBYTE_BACKEND": "acme"})
+
+    reason = r"\(acme: its kernels cannot be loaded: OSError: libacme.so: no such file\)$"
+    with pytest.raises(halfbyte.BackendUnavailable, match=f"^.*HALFBYTE_BACKEND=acme .*{reason}"):
+        ask()
+    with pytest.raises(halfbyte.BackendUnavailable, match=f"^set_backend=acme cannot run on this machine {reason}"):
+        halfbyte.set_backend("acme")
+    with halfbyte.use_backend("acme,reference"):
+        assert (halfbyte.active()["cpu"], explain().backend) == ("reference", "reference")
+
+
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
@@ -363,12 +401,17 @@ def test_forced_backend_of_another_device_in_a_binding_chain_says_so(stub_backen
         ("a,,b", "use_backend must be a backend's name or a comma-separated list of names; got 'a,,b'"),
         ("Triton", "use_backend must be a backend's name or a comma-separated list of names; got 'Triton'"),
         ("auto,reference", "use_backend: auto stands alone; got 'auto,reference'"),
+        (None, "use_backend must be a backend's name or a comma-separated list of names; got None"),
+        (3, "use_backend must be a backend's name or a comma-separated list of names; got 3"),
         ((), r"use_backend must name at least one backend; got \(\)"),
     ],
 )
 def test_chain_that_is_no_list_of_names_is_refused(chain, message):
     with pytest.raises(halfbyte.ConfigError, match=f"^{message}$"), halfbyte.use_backend(chain):
         pass
+    if chain is not None:  # undoes the choice
+        with pytest.raises(halfbyte.ConfigError, match=f"^{message.replace('use_', 'set_')}$"):
+            halfbyte.set_backend(chain)
 
 
 @pytest.mark.parametrize("chain", ["reference", " reference ", "reference,reference", ["reference"], ("reference",)])
@@ -626,6 +669,16 @@ def test_backends_lists_them_by_priority_with_reasons(stub_backend):
     assert (first.name, first.priority, first.reasons, first.provider) == ("acme", 200, ("no driver",), "acme-dist 1.0")
     assert (second.name, second.device_types, second.reasons) == ("other", ("cpu", "xpu"), ())
     assert {info.name for info in halfbyte.backends()} >= {"reference", "cpu"}
+
+
+@pytest.mark.parametrize("args", [(), (torch.zeros(2, 64),)])
+def test_explain_with_a_wrong_number_of_arguments_names_them(args):
+    message = (
+        "linear_4bit takes x, packed, absmax, nested_absmax, nested_codebook, offset, bias, format, blocksize, "
+        f"out_features, or its Facts; got {len(args)} arguments"
+    )
+    with pytest.raises(halfbyte.InputError, match=f"^{message}$"):
+        halfbyte.explain("linear_4bit", *args)
 
 
 # -- the reference on an accelerator -------------------------------------------------------------------------

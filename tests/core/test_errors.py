@@ -129,8 +129,8 @@ CODEBOOK_BAD = [
     ({"codebook": torch.ones(255)}, "codebook must have 256 entries; got 255"),
     ({"codebook": torch.ones(256).half()}, "codebook must be float32; got float16"),
     ({"codebook": torch.ones(256, device=META)}, f"{ONE_DEVICE} codebook is on meta, the first one on cpu"),
-    ({"blocksize": 0}, "blocksize must be at least 1; got 0"),
-    ({"blocksize": -1}, "blocksize must be at least 1; got -1"),
+    ({"blocksize": 0}, "blocksize must be an integer of at least 1; got 0"),
+    ({"blocksize": -1}, "blocksize must be an integer of at least 1; got -1"),
 ]
 THRESHOLD_BAD = [
     ({"threshold": -1.0}, "threshold must be 0 (no outliers) or positive; got -1.0"),
@@ -224,6 +224,15 @@ EVERY = [
     for name, wrong in BAD.items()
     for change, message in wrong
 ]
+
+
+@pytest.mark.parametrize("blocksize", [64.0, 2.5, "64", None])
+def test_a_block_size_that_is_no_integer_is_refused(blocksize):
+    with pytest.raises(halfbyte.InputError, match=f"^{re.escape(f'{SIZES} {blocksize!r}')}$"):
+        F.quantize_4bit(x4(), blocksize=blocksize)
+    sentence = f"blocksize must be an integer of at least 1; got {blocksize!r}"
+    with pytest.raises(halfbyte.InputError, match=f"^{re.escape(sentence)}$"):
+        F.quantize_8bit(x4(), blocksize=blocksize)
 
 
 def test_every_op_has_bad_inputs():

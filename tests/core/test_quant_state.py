@@ -250,7 +250,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_from_dict_refuses(case):
+def test_from_dict_refuses(case):  # bitsandbytes bug 22: "dtype prefixed"
     entries, message = REFUSED[case]
 
     with pytest.raises(halfbyte.FormatError) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -358,3 +359,27 @@ def test_signatures_are_those_of_bitsandbytes() -> None:
     assert names(halfbyte.nn.Embedding4bit) == [
         *("num_embeddings", "embedding_dim", "dtype", "quant_type", "quant_storage", "device"),
     ]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("floats", [False, True])
+def test_a_weight_without_its_statistics_into_a_quantized_layer_is_refused(floats: bool, frozen: bool) -> None:
+    made, other = nn.Sequential(layer()), nn.Sequential(layer())
+    other[0].weight.data.add_(1)
+    if frozen:
+        halfbyte.freeze_(made)
+    before = snapshot(made)
+    weight = torch.randn(48, 96) if floats else other[0].weight.data
+    found = "float32 (48, 96)" if floats else "uint8 (2304, 1)"
+    message = f"0.weight: a quantized layer takes packed codes with statistics (weight.absmax, ...); got {found} alone"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        made.load_state_dict({"0.weight": weight, "0.bias": made[0].bias.data.clone()})
+    assert snapshot(made) == before
+
+
+def test_a_float_state_dict_loads_into_a_layer_that_is_not_quantized_yet() -> None:
+    made = Linear4bit(96, 48)
+    floats = {"weight": torch.randn(48, 96), "bias": torch.randn(48)}
+    made.load_state_dict(floats)
+    assert torch.equal(made.weight.data, floats["weight"])
+    assert made.to("cpu").weight.bnb_quantized

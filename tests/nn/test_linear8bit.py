@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import halfbyte
-from halfbyte.nn import Int8Params, Linear8bitLt
+from halfbyte.nn import Embedding8bit, Int8Params, Linear8bitLt
 
 
 def layer(n: int = 48, k: int = 96, *, threshold: float = 0.0, bias: bool = True) -> Linear8bitLt:
@@ -173,3 +173,62 @@ def test_rebuilding_a_parameter_from_its_dict_as_transformers_does() -> None:
     new = Int8Params(torch.randn(48, 96), requires_grad=False, **attributes).to("cpu")
     assert new.dtype == torch.int8
     assert new.SCB is not None
+
+
+def saved(made: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in made.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def embedding8() -> Embedding8bit:
+    torch.manual_seed(0)
+    return Embedding8bit(48, 96).to("cpu")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("build", [layer, embedding8])
+def test_a_float_state_dict_into_a_quantized_layer_is_refused(build: object, frozen: bool) -> None:
+    model = nn.Sequential(build())
+    if frozen:
+        halfbyte.freeze_(model)
+    stored = saved(model)
+    floats = {"0.weight": torch.rand(48, 96), **({"0.bias": stored["0.bias"]} if "0.bias" in stored else {})}
+    with pytest.raises(
+        RuntimeError, match=r"0.weight: a quantized layer takes int8 rows with SCB; got float32 \(48, 96\)"
+    ):
+        model.load_state_dict(floats)
+    assert same(saved(model), stored)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_int8_rows_without_statistics_are_refused(quantized: bool) -> None:
+    made = layer(bias=False) if quantized else Linear8bitLt(96, 48, bias=False, has_fp16_weights=False)
+    stored = saved(made)
+    rows = {"weight": torch.full((48, 96), 3, dtype=torch.int8), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    with pytest.raises(
+        RuntimeError, match=r"weight: a quantized layer takes int8 rows with SCB; got int8 \(48, 96\) alone"
+    ):
+        made.load_state_dict(rows)
+    assert same(saved(made), stored)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_int8_state_dict_into_a_weight_that_stays_a_float_is_refused(frozen: bool) -> None:
+    made = Linear8bitLt(96, 48, has_fp16_weights=True).to("cpu")
+    if frozen:
+        halfbyte.freeze_(made)
+    stored = saved(made)
+    with pytest.raises(RuntimeError, match="a layer with has_fp16_weights=True takes floats; got int8 rows"):
+        made.load_state_dict({**saved(layer()), "bias": stored["bias"]})
+    assert same(saved(made), stored)
+
+
+def test_a_float_state_dict_loads_into_a_layer_that_is_not_quantized_yet() -> None:
+    floats = {"weight": torch.randn(48, 96), "bias": torch.randn(48)}
+    for stays in (False, True):
+        made = Linear8bitLt(96, 48, has_fp16_weights=stays)
+        made.load_state_dict(floats)
+        assert torch.equal(made.weight.data, floats["weight"])

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import halfbyte
 from halfbyte.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
@@ -155,12 +156,75 @@ def test_a_shared_weight_stays_shared() -> None:
     assert model["head"].weight is model["table"].weight
 
 
+COMPUTED = {
+    "weight_norm": lambda layer: nn.utils.weight_norm(layer),
+    "spectral_norm": lambda layer: nn.utils.spectral_norm(layer),
+    "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "prune of the bias": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    "parametrizations.weight_norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "parametrizations.spectral_norm": lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+    "parametrizations.orthogonal": lambda layer: nn.utils.parametrizations.orthogonal(layer),
+    "parametrization of the bias": lambda layer: parametrize.register_parametrization(layer, "bias", nn.Identity()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_from_others_stays_as_it_is(kind: str, format: str) -> None:
+    model = build()
+    COMPUTED[kind](model.up)
+    before, layer = model.up.state_dict(), model.up
+    report = halfbyte.quantize_(model, format)
+    assert report.skipped == {"up": "its weight or bias is computed from others", "lm_head": "named in skip"}
+    assert model.up is layer
+    assert model.up.state_dict().keys() == before.keys()
+    assert isinstance(model.down, Linear4bit if format == "nf4" else Linear8bitLt)
+
+
 def test_bias_and_training_mode_are_kept() -> None:
     model = build().train()
     bias = model.up.bias
     halfbyte.quantize_(model, "nf4")
     assert model.up.bias is bias
     assert model.up.training
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_hooks_go_along_there_and_back(format: str) -> None:
+    model, called = build(), []
+    handles = [
+        model.up.register_forward_pre_hook(lambda *args: called.append("before")),
+        model.up.register_forward_hook(lambda *args, **kwargs: called.append("after"), with_kwargs=True),
+        model.up.register_forward_hook(lambda *args: called.append("always"), always_call=True),
+        model.up.register_full_backward_pre_hook(lambda *args: called.append("backward before")),
+        model.up.register_full_backward_hook(lambda *args: called.append("backward")),
+    ]
+    for change in (lambda: halfbyte.quantize_(model, format), lambda: halfbyte.dequantize_(model)):
+        change()
+        called.clear()
+        model(IDS).sum().backward()
+        assert called == ["before", "after", "always", "backward before", "backward"]
+    halfbyte.quantize_(model, format)
+    for handle in handles:
+        handle.remove()
+    called.clear()
+    model(IDS)
+    assert called == []
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_dequantized_layers_train_as_they_did_before(format: str) -> None:
+    model = build()
+    model.up.weight.requires_grad_(False)
+    model.table = nn.Embedding(40, 128, padding_idx=3, norm_type=1.0, scale_grad_by_freq=True, sparse=True)
+    halfbyte.quantize_(model, format, embeddings=True)
+    halfbyte.dequantize_(copy.deepcopy(model))
+    halfbyte.freeze_(model)
+    halfbyte.dequantize_(model)
+    assert [model.up.weight.requires_grad, model.down.weight.requires_grad] == [False, True]
+    kept = model.table
+    assert (kept.padding_idx, kept.norm_type, kept.scale_grad_by_freq, kept.sparse) == (3, 1.0, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -177,6 +241,10 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     [
         ({"format": "int4"}, "format must be one of nf4, fp4, int8; got 'int4'"),
         ({"blocksize": 100}, "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096; got 100"),
+        ({"blocksize": 64.0}, "blocksize must be one of 32, 64, 128, 256, 512, 1024, 2048, 4096; got 64.0"),
+        ({"device": "bogus"}, "device 'bogus' cannot be used: "),
+        ({"device": "meta"}, "device 'meta' cannot be used: "),
+        ({"device": torch.device("meta"), "format": "int8"}, "device 'meta' cannot be used: "),
         ({"format": "int8", "nested": True}, "nested absmax is for nf4 and fp4; got format='int8'"),
         ({"format": "int8", "threshold": -1.0}, r"threshold must be 0 \(no outliers\) or positive; got -1.0"),
         ({"skip": ["("]}, "'\\(' is not a regular expression"),
@@ -189,6 +257,15 @@ def test_bad_options_are_refused_and_change_nothing(options: dict[str, object], 
     before = fingerprint(model)
     with pytest.raises(halfbyte.InputError, match=message):
         halfbyte.quantize_(model, **options)
+    assert unchanged(model, before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_and_changes_nothing() -> None:
+    model = build()
+    before = fingerprint(model)
+    with pytest.raises(halfbyte.InputError, match="device 'cuda' cannot be used: "):
+        halfbyte.quantize_(model, device="cuda")
     assert unchanged(model, before)
 
 

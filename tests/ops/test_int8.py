@@ -165,7 +165,7 @@ def test_dequantize_int8_multiplies_by_the_float32_constant(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.float16])
-def test_dequantize_int8_scales_a_product_by_the_exact_constant(backend, bias, dtype):
+def test_dequantize_int8_scales_a_product_by_the_exact_constant(backend, bias, dtype):  # bitsandbytes bug 12
     q = torch.randint(-(2**24), 2**24, (5, 33), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     rows, columns = randn(5, seed=1).abs(), randn(33, seed=2).abs()
     b = None if bias is None else randn(33, seed=3).to(bias)

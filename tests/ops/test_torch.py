@@ -102,6 +102,17 @@ SAMPLES = {
 EVERY = [pytest.param(name, args, id=f"{name}-{i}") for name, many in SAMPLES.items() for i, args in enumerate(many)]
 
 
+def test_sizes_past_31_bits_are_ordinary():  # bitsandbytes bug 14; the kernels themselves: csrc/cpu/check/far.cpp
+    n = 2**31 + 2
+    x, table = torch.empty(n, dtype=torch.bfloat16, device="meta"), DYNAMIC.to("meta")
+    packed, absmax = ops.quantize_4bit(x, "nf4", 64)
+    assert (packed.shape, absmax.shape) == ((n // 2,), (n // 64 + 1,))
+    assert ops.dequantize_4bit(packed, absmax, None, None, None, "nf4", 64, [n], x.dtype).shape == (n,)
+    codes, absmax = ops.quantize_8bit(x, table, 256)
+    assert (codes.shape, absmax.shape) == ((n,), (n // 256 + 1,))
+    assert ops.dequantize_8bit(codes, absmax, table, 256, x.dtype).shape == (n,)
+
+
 def same(a, b):
     """Same values; NaN equals NaN."""
     return all(

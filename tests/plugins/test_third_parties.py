@@ -106,6 +106,12 @@ def test_wheel_is_used_and_no_checkout(run):
     assert "third-parties" in printed(done)[0]
 
 
+def test_wheel_says_that_it_is_typed(run):
+    done = run("import halfbyte, json; print(json.dumps(halfbyte.__path__))")
+
+    assert [path for path in printed(done) if not (Path(path) / "py.typed").is_file()] == []
+
+
 def test_plugin_is_picked(run):
     code = """
         import halfbyte, json, torch

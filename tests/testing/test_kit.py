@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import halfbyte
+from halfbyte import ops
 from halfbyte._runtime import dispatcher
 from halfbyte.testing import golden, mutants, plugin, samples
 from halfbyte.testing.golden import __main__ as generator
@@ -145,6 +146,12 @@ def test_golden_file_is_what_the_oracle_makes():
 
 
 # -- wrong ones ----------------------------------------------------------------------------------------------
+
+
+def test_every_op_with_samples_has_a_mutant():
+    mutated = {record.op for record in mutants.MUTANTS.values()}
+
+    assert [op.name for op in ops.ALL if samples.of(op) is not None and op.name not in mutated] == []
 
 
 @pytest.mark.parametrize("name", mutants.MUTANTS)

@@ -54,7 +54,8 @@ def through_data(module: nn.Module) -> nn.Module:
 
 
 def through_state_dict(module: nn.Module) -> nn.Module:
-    fresh = nn.Sequential(type(module[0])(*_sizes(module[0]))).to("cpu")
+    options = {"has_fp16_weights": False} if isinstance(module[0], Linear8bitLt) else {}
+    fresh = nn.Sequential(type(module[0])(*_sizes(module[0]), **options)).to("cpu")
     fresh.load_state_dict(module.state_dict(), strict=False)
     return fresh
 
@@ -112,7 +113,7 @@ MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", BUILD)
 @given(moves=st.lists(st.sampled_from(sorted(MOVES)), min_size=1, max_size=6))
-def test_no_sequence_of_moves_changes_a_value(kind: str, moves: list[str]) -> None:
+def test_no_sequence_of_moves_changes_a_value(kind: str, moves: list[str]) -> None:  # bitsandbytes bug 17
     torch.manual_seed(len(kind))
     module = nn.Sequential(BUILD[kind]()).to("cpu")
     before, keys = values(module), set(module.state_dict())

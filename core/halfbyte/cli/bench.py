@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .output import require_writable
 
 LIBRARIES = ("halfbyte", "bitsandbytes", "torch")
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--cases must be a regular expression; got {args.cases!r} ({error})") from error
     if not chosen:
         raise InputError(f"--cases {args.cases!r} matches none of: {'; '.join(case.name for case in cases())}")
+    require_writable(args.markdown, args.json)
     with Status("starting", console=Console(stderr=True)) as status:
         rows = measure(chosen, libraries, args.threads, args.rounds, status.update)
     table = markdown(rows, libraries, heading(args.threads, args.rounds, [r for row in rows for r in row.copy_gb_s]))

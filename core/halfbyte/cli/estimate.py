@@ -25,12 +25,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="folder with config.json and safetensors files")
     parser.add_argument("--blocksize", type=int, default=64, metavar="N", help="4-bit: weights per absmax (64)")
     parser.add_argument("--rank", type=int, default=16, metavar="R", help="of the LoRA adapters (16)")
-    parser.add_argument(
-        "--skip", nargs="+", action="extend", default=[], metavar="REGEX", help="as for halfbyte quantize"
-    )
-    parser.add_argument(
-        "--include", nargs="+", action="extend", default=[], metavar="REGEX", help="as for halfbyte quantize"
-    )
+    for option in ("--skip", "--include"):
+        parser.add_argument(option, action="append", default=[], metavar="REGEX", help="as for halfbyte quantize")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
     parser.set_defaults(run=run)
 

@@ -30,14 +30,17 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--skip",
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         metavar="REGEX",
-        help="leave out layers whose path, or its last part, is this name or matches this in full",
+        help="leave out layers whose path, or its last part, is this name or matches this in full; may be given again",
     )
     parser.add_argument(
-        "--include", nargs="+", action="extend", default=[], metavar="REGEX", help="quantize only the layers that match"
+        "--include",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="quantize only the layers that match; may be given again",
     )
     parser.add_argument(
         "--compute-dtype", default="bfloat16", metavar="DTYPE", help="4-bit: what loaded layers compute in (bfloat16)"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
-from .. import formats
 from ..errors import InputError
-from ..quantize import FORMATS
+from ..ops.checks import blocksize_4bit
+from ..quantize import FORMATS, require_device
 
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -38,16 +36,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise InputError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
-        if self.blocksize not in formats.BLOCKSIZES:
-            allowed = ", ".join(map(str, formats.BLOCKSIZES))
-            raise InputError(f"blocksize must be one of {allowed}; got {self.blocksize}")
+        blocksize_4bit(self.blocksize)
         if self.nested and self.format == "int8":
             raise InputError("nested needs a 4-bit format (nf4, fp4): int8 has one scale per row and no blocks")
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
             raise InputError(f"threshold must be 0 (no outliers) or a positive number; got {self.threshold}")
         if self.compute_dtype not in COMPUTE_DTYPES:
             raise InputError(f"compute dtype must be one of {', '.join(COMPUTE_DTYPES)}; got {self.compute_dtype!r}")
-        try:
-            torch.zeros(1, device=self.device).item()
-        except Exception as error:  # torch raises what it likes here: RuntimeError, AssertionError, NotImplementedError
-            raise InputError(f"device {self.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        require_device(self.device)

@@ -60,8 +60,11 @@ class Linear8bitLt(StoredInt8, nn.Linear):
         self.dtype = self.weight.dtype
         self.weight = Int8Params(self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights)
 
+    def stays_float(self) -> bool:
+        return self.state.has_fp16_weights
+
     def require_quantized(self) -> None:
-        if not self.state.has_fp16_weights:
+        if not self.stays_float():
             self.required_absmax()
 
     def forward(self, x: Tensor) -> Tensor:

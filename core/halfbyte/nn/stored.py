@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..derived import drop_derived
 from ..errors import FormatError, InputError
+from ..kernel import show
 from ..quant_state import QuantState
 from .frozen import (
     Frozen4bit,
@@ -42,6 +43,7 @@ class Stored4bit(nn.Module):
     weight: Tensor
     quant_state: QuantState | None
     frozen: Frozen4bit | None = None
+    float_requires_grad: bool = True  # of the weight that dequantize_ brings back
 
     def current_state(self) -> QuantState | None:
         """The weight's state; of a plain weight, the buffers' (frozen) or the module's copy (replaced by FSDP)."""
@@ -104,13 +106,15 @@ class Stored4bit(nn.Module):
         name = f"{prefix}weight"
         statistics = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
         taken = set()
-        if statistics and name in state_dict:
-            taken = set(statistics)
+        if name in state_dict and (statistics or self._is_quantized()):
+            taken = {name, *statistics}
             try:
+                if not statistics:
+                    raise FormatError(_alone("packed codes with statistics (weight.absmax, ...)", state_dict[name]))
                 if is_sharded(self.weight):
                     self._take_statistics(QuantState.from_dict(statistics, device=self.weight.device))
+                    taken.remove(name)  # its codes are loaded in place
                 else:
-                    taken.add(name)
                     self._take(state_dict[name], statistics)
             except FormatError as error:
                 error_msgs.append(f"{name}: {error}")
@@ -119,6 +123,10 @@ class Stored4bit(nn.Module):
         super()._load_from_state_dict(state_dict, *rest)
         if name in taken and name in missing_keys:
             missing_keys.remove(name)
+
+    def _is_quantized(self) -> bool:
+        weight = self.weight
+        return weight.is_quantized_4bit if isinstance(weight, Params4bit) else self.current_state() is not None
 
     def _take(self, packed: Tensor, statistics: dict[str, Tensor]) -> None:
         """Replace the weight by one from a checkpoint, on the device where the weight is."""
@@ -170,11 +178,16 @@ class StoredInt8(nn.Module):
     """A module with an int8 weight called `weight`."""
 
     weight: Tensor
+    float_requires_grad: bool = True  # of the weight that dequantize_ brings back
     _absmax: Tensor | None = None  # the weight's statistics again, for when FSDP replaces the parameter
 
     def require_quantized(self) -> None:
         """Raise InputError unless the weight is quantized, or is one that stays a float."""
         self.required_absmax()
+
+    def stays_float(self) -> bool:
+        """Whether the weight is never stored as int8."""
+        return False
 
     def current_absmax(self) -> Tensor | None:
         """The weight's row statistics; of a plain weight, the buffer's (frozen) or the module's copy (FSDP)."""
@@ -251,10 +264,16 @@ class StoredInt8(nn.Module):
     ) -> None:
         weight, absmax, layout = (f"{prefix}{name}" for name in ("weight", "SCB", "weight_format"))
         taken = set()
-        if weight in state_dict and absmax in state_dict:
-            taken = {absmax, layout} if is_sharded(self.weight) else {weight, absmax, layout}
+        if weight in state_dict and (
+            absmax in state_dict or torch.int8 in (self.weight.dtype, state_dict[weight].dtype)
+        ):
+            taken = {weight, absmax, layout}
             try:
+                if absmax not in state_dict:
+                    raise FormatError(_alone("int8 rows with SCB", state_dict[weight]))
                 self._take(state_dict[weight], state_dict[absmax], state_dict.get(layout, "row"))
+                if is_sharded(self.weight):
+                    taken.remove(weight)  # its rows are loaded in place
             except FormatError as error:
                 error_msgs.append(f"{weight}: {error}")
             state_dict = {key: value for key, value in state_dict.items() if key not in taken}
@@ -268,6 +287,8 @@ class StoredInt8(nn.Module):
         layout = layout.item() if isinstance(layout, Tensor) else layout  # type: ignore[assignment]
         if layout not in (0, "row"):
             raise FormatError(f"weight_format must be 0 or 'row'; got {layout!r}")
+        if self.stays_float():
+            raise FormatError("a layer with has_fp16_weights=True takes floats; got int8 rows")
         if rows.dtype != torch.int8 or rows.shape != self.weight.shape:
             expected = tuple(self.weight.shape)
             raise FormatError(f"weight must be int8 {expected}; got {rows.dtype} {tuple(rows.shape)}")
@@ -285,6 +306,10 @@ class StoredInt8(nn.Module):
         self.weight = Int8Params(rows, requires_grad=False, CB=rows, SCB=absmax.to(device, copy=True))
         if frozen:
             self.freeze_weight_()
+
+
+def _alone(wanted: str, found: Tensor) -> str:
+    return f"a quantized layer takes {wanted}; got {show(found.dtype)} {tuple(found.shape)} alone"
 
 
 @contextlib.contextmanager

@@ -30,8 +30,12 @@ def same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
 def format_4bit(format: str, blocksize: int) -> None:
     if format not in formats.FORMATS:
         raise InputError(f"format must be one of {', '.join(formats.FORMATS)}; got {format!r}")
-    if blocksize not in formats.BLOCKSIZES:
-        raise InputError(f"blocksize must be one of {', '.join(map(str, formats.BLOCKSIZES))}; got {blocksize}")
+    blocksize_4bit(blocksize)
+
+
+def blocksize_4bit(blocksize: int) -> None:
+    if not isinstance(blocksize, int) or blocksize not in formats.BLOCKSIZES:  # 64.0 is in there, too
+        raise InputError(f"blocksize must be one of {', '.join(map(str, formats.BLOCKSIZES))}; got {blocksize!r}")
 
 
 def length(name: str, tensor: Tensor, expected: int, why: str) -> None:

@@ -27,8 +27,8 @@ def _check_codebook(codebook: Tensor, blocksize: int, device: torch.device) -> N
         raise InputError(f"codebook must have 256 entries; got {codebook.numel()}")
     checks.dtype_is("codebook", codebook, torch.float32)
     checks.same_device("codebook", codebook, device)
-    if blocksize < 1:
-        raise InputError(f"blocksize must be at least 1; got {blocksize}")
+    if not isinstance(blocksize, int) or blocksize < 1:
+        raise InputError(f"blocksize must be an integer of at least 1; got {blocksize!r}")
 
 
 # -- quantize_8bit -------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def nested_offset_ignored(reference: Wrong, *args: Any) -> Any:
 
 @mutant("dequantize_4bit")
 def second_nested_block_ignored(reference: Wrong, packed: Tensor, absmax: Tensor, nested: Any, *rest: Any) -> Any:
-    return reference(packed, absmax, None if nested is None else nested[:1].expand(nested.shape), *rest)
+    return reference(packed, absmax, _first_for_all(nested), *rest)
 
 
 @mutant("dequantize_4bit")
@@ -200,6 +200,20 @@ def bias_ignored(reference: Wrong, *args: Any) -> Any:
     return reference(*args[:6], None, *args[7:])
 
 
+@mutant("linear_4bit")
+def first_nested_block_scales_the_whole_weight(reference: Wrong, *args: Any) -> Any:
+    return reference(*args[:3], _first_for_all(args[3]), *args[4:])
+
+
+@mutant("linear_4bit_backward")
+def first_nested_block_scales_the_whole_gradient(reference: Wrong, *args: Any) -> Any:
+    return reference(*args[:3], _first_for_all(args[3]), *args[4:])
+
+
+def _first_for_all(nested: Tensor | None) -> Tensor | None:
+    return None if nested is None else nested[:1].expand(nested.shape)
+
+
 @mutant("linear_4bit_backward")
 def last_output_dropped(reference: Wrong, dy: Tensor, *rest: Any) -> Any:
     dy = dy.clone()
@@ -213,6 +227,19 @@ def outlier_columns_ignored(reference: Wrong, *args: Any) -> Any:
     if mode == "exact" and threshold:
         x = torch.where((x.abs() >= threshold).reshape(-1, x.shape[-1]).any(0), 0, x)
     return reference(x, weight, absmax, bias, threshold, mode)
+
+
+@mutant("linear_int8")
+def wrong_digit_in_the_fused_constant(reference: Wrong, *args: Any) -> Any:
+    x, weight, absmax, bias, threshold, mode = args
+    if mode == "exact" and not threshold:
+        absmax = absmax * (6.200124e-05 * 127**2)
+    return reference(x, weight, absmax, bias, threshold, mode)
+
+
+@mutant("matmul_int8")
+def sums_in_float32(reference: Wrong, a: Tensor, b: Tensor) -> Any:
+    return (a.float() @ b.float().T).to(torch.int32)
 
 
 @mutant("matmul_int8")

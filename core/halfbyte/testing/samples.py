@@ -117,10 +117,12 @@ def _dequantize_sizes(facts: Any) -> Mapping[str, Size]:
 def _linear_4bit_sizes(facts: Any) -> Mapping[str, Size]:
     """(rows of x, out_features, in_features)."""
     k = min(facts.blocksize, 512)
+    # As in _dequantize_sizes: more than 256 blocks, where they are small.
+    more = 256 if facts.nested and facts.blocksize <= 64 else 0
     return {
-        "usual": (5, 24, k),
-        "vector": (1, 32, 2 * k),  # decoding one token
-        "tall": (35, 17, k),
+        "usual": (5, 24 + more, k),
+        "vector": (1, 32 + more, 2 * k),  # decoding one token
+        "tall": (35, 17 + more, k),
         "partial": (3, 9, k + 19),  # blocks cross rows
         "odd": (2, 7, 45),
         "one": (1, 1, 1),
@@ -205,7 +207,7 @@ def _matmul_sizes(facts: Any) -> Mapping[str, Size]:
         "odd": (2, 7, 45),
         "one": (1, 1, 1),
         "empty": (0, 8, 64),
-        "many": (2, 3, 1500),
+        "many": (2, 3, 1501),
     }
 
 
@@ -214,7 +216,8 @@ def _make_matmul(facts: Any, size: Size, draw: Draw) -> Args:
     a = draw.integers(-127, 127, (m, k), torch.int8)
     b = draw.integers(-127, 127, (n, k), torch.int8)
     if k > 64:
-        a[0], b[0] = -128, -128  # the largest sum there is
+        a[0], b[0] = -128, -128  # the largest sum there is; in float32 it would be exact
+        a[-1], b[-1] = 127, 127  # "many": an odd sum beyond 2^24
     return a, b
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import torch
 from torch import Tensor
 
 from halfbyte.testing import cases, compare
@@ -25,8 +26,10 @@ def test_kernel_runs_in_several_threads(typical: cases.Case) -> None:
     sizes = typical.sizes("usual", "partial", "odd")
     alone = {size: cases.results(typical.op, typical.kernel.function, typical.args(size)) for size in sizes}
     wrong: list[str] = []
+    own_threads = torch.get_num_threads()
 
     def work(size: str) -> None:
+        torch.set_num_threads(own_threads)  # a new thread begins with the process's default, and sums in another order
         try:
             for _ in range(4):
                 args = typical.args(size)  # anew, as the op may write to them

@@ -25,7 +25,7 @@ class AcmeBackend(Backend):
     name = "acme"
     device_types = frozenset({"cpu"})
     priority = 50  # above halfbyte's own CPU backend, which has 40
-    env = (EnvVar(TABLE, "The table that acme decodes with.", ", ".join(TABLES)),)
+    env = (EnvVar(TABLE, "The table that acme decodes with.", choices=TABLES),)
 
     def why_not(self) -> tuple[str, ...]:
         table = os.environ.get(TABLE) or TABLES[0]
