@@ -23,11 +23,13 @@ class Case:
     name       what is done, on what
     libraries  that can do it
     prepare    library -> the call
+    inference  time it in torch.inference_mode
     """
 
     name: str
     libraries: tuple[str, ...]
     prepare: Callable[[str], Call]
+    inference: bool = True
 
 
 def cases() -> list[Case]:
@@ -37,7 +39,8 @@ def cases() -> list[Case]:
     found += [_linear("int8", 4096, 4096, m, torch.bfloat16) for m in (1, 128)]
     for dtype in (torch.float32, torch.bfloat16):
         found += [_quantize_4bit(dtype), _dequantize_4bit(dtype), _quantize_8bit(dtype), _dequantize_8bit(dtype)]
-    return found
+    found += [_step(name, [ELEMENTS]) for name in ("AdamW8bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit", "AdamW32bit")]
+    return [*found, _step("AdamW8bit", [1000] * 10_000)]
 
 
 ELEMENTS = 2**24
@@ -113,6 +116,24 @@ def _dequantize_8bit(dtype: torch.dtype) -> Case:
         return lambda: functional.dequantize_blockwise(codes, state)
 
     return Case(f"dequantize_8bit, 2^24 {_name(dtype)}", ("halfbyte", "bitsandbytes"), prepare)
+
+
+def _step(name: str, sizes: list[int]) -> Case:
+    """One step of an optimizer over fp32 parameters; torch stands for its fused AdamW."""
+
+    def prepare(library: str) -> Call:
+        params = [nn.Parameter(_random(n, dtype=torch.float32)) for n in sizes]
+        for param in params:
+            param.grad = _random(param.numel(), dtype=torch.float32)
+        if library == "torch":
+            return torch.optim.AdamW(params, lr=1e-4, fused=True).step
+        momentum = {"momentum": 0.9} if name.startswith("SGD") else {}
+        step: Call = getattr(_module(library).optim, name)(params, lr=1e-4, **momentum).step
+        return step
+
+    what = "2^24 parameters" if sizes == [ELEMENTS] else f"{len(sizes):,} tensors of {sizes[0]:,} parameters"
+    libraries = ("halfbyte", "bitsandbytes", "torch") if name.startswith("AdamW") else ("halfbyte", "bitsandbytes")
+    return Case(f"{name}, {what}, fp32", libraries, prepare, inference=False)
 
 
 def _module(library: str) -> Any:

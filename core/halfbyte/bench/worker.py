@@ -26,7 +26,7 @@ def main(library: str, name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     (case,) = [case for case in cases() if case.name == name]
     before = copy_rate()
-    with torch.inference_mode():
+    with torch.inference_mode(case.inference), torch.no_grad():
         call = case.prepare(library)
         for _ in range(3):
             call()
