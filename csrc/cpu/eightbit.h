@@ -186,16 +186,16 @@ const char* dequantize_8bit(const uint8_t* codes, const float* absmax, const flo
     expect_writes(out, static_cast<size_t>(count) * sizeof(*values));
     const bool stream = count * static_cast<int64_t>(sizeof(*values)) >= kStreamBytes &&
                         blocksize % (2 * V::W) == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-    parallel_for(team(threads, count, kChunk / 8), ceil_div(count, kChunk), [=](int64_t c) {
-      const typename V::Book book = V::book(codebook);
-      const int64_t first = c * kChunk, end = min64(count, first + kChunk);
-      if (stream) {
-        dequantize_chunk8<V, true>(book, codes, absmax, blocksize, first, end, values);
-        V::fence();
-      } else {
-        dequantize_chunk8<V, false>(book, codes, absmax, blocksize, first, end, values);
-      }
-    });
+    parallel_pieces(team(threads, count, kChunk / 8), values, count, kChunk, stream,
+                    [=](int64_t first, int64_t end) {
+                      const typename V::Book book = V::book(codebook);
+                      if (stream) {
+                        dequantize_chunk8<V, true>(book, codes, absmax, blocksize, first, end, values);
+                        V::fence();
+                      } else {
+                        dequantize_chunk8<V, false>(book, codes, absmax, blocksize, first, end, values);
+                      }
+                    });
     return nullptr;
   });
 }

@@ -141,18 +141,21 @@ void dequantize4(Weight4 w, T* out, int64_t count, int threads) {
   const float* levels = levels_of(w.format);
   const bool stream =
       count * static_cast<int64_t>(sizeof(T)) >= kStreamBytes && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  parallel_for(team(threads, count, kChunk / 4), ceil_div(count, kChunk), [=](int64_t c) {
-    const int64_t first = c * kChunk, size = min64(kChunk, count - first);
-    float buffer[kChunk / 32];
-    const float* absmax =
-        absmax_range(w.absmax, first >> log2_blocksize, ceil_div(size, w.blocksize), buffer);
-    if (stream) {
-      decode_flat<V, true>(w.packed, absmax, levels, log2_blocksize, first, size, out + first);
-      V::fence();
-    } else {
-      decode_flat<V, false>(w.packed, absmax, levels, log2_blocksize, first, size, out + first);
-    }
-  });
+  parallel_pieces(
+      team(threads, count, kChunk / 4), out, count, kChunk, stream, [=](int64_t begin, int64_t end) {
+        float buffer[kChunk / 32 + 2];
+        for (int64_t first = begin; first < end; first += kChunk) {
+          const int64_t size = min64(kChunk, end - first);
+          const auto [block, blocks] = blocks_of(first, size, log2_blocksize);
+          const float* absmax = absmax_range(w.absmax, block, blocks, buffer);
+          if (stream) {
+            decode_flat<V, true>(w.packed, absmax, levels, log2_blocksize, first, size, out + first);
+          } else {
+            decode_flat<V, false>(w.packed, absmax, levels, log2_blocksize, first, size, out + first);
+          }
+        }
+        if (stream) V::fence();
+      });
 }
 
 template <class V>

@@ -67,6 +67,19 @@ HALFBYTE_INLINE void parallel_for(int threads, int64_t count, const Function& f)
   for (int64_t i = 0; i < count; ++i) f(i);
 }
 
+// f(first, end) over `count` elements that are written to `out`.  Pieces of a large output end where its huge
+// pages do: of two threads that touch one fresh page the second waits until the kernel has zeroed it for the
+// first.
+template <class T, class Function>
+HALFBYTE_INLINE void parallel_pieces(int threads, const T* out, int64_t count, int64_t piece, bool large,
+                                     const Function& f) {
+  constexpr int64_t page = (int64_t{2} << 20) / static_cast<int64_t>(sizeof(T));
+  const int64_t shift = large ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) / sizeof(T)) % page : 0;
+  if (large) piece = page;
+  parallel_for(threads, ceil_div(count + shift, piece),
+               [&](int64_t c) { f(max64(0, c * piece - shift), min64(count, (c + 1) * piece - shift)); });
+}
+
 // One vector of which `size` lanes are there: missing ones are read as 0 and not written.
 template <class V, class T>
 HALFBYTE_INLINE typename V::F load_part(const T* p, int64_t size) {
