@@ -91,7 +91,7 @@ class Dispatcher:
         """Resolve one situation, with the whole trace.  Raises ConfigError or BackendUnavailable for a bad chain."""
         device = probe.confirmed(facts.device)
         names, chosen_by = self._candidates(op, facts, *self._chain(op.name, chain))
-        excluded = self._excluded(names, chosen_by)
+        excluded = self._excluded(facts.device.type, names, chosen_by)
         tried: list[tuple[str, Reasons]] = []
         for name in names:
             kernel, reasons = self._best_kernel(self.plugins.backends[name], op, facts, device)
@@ -132,9 +132,10 @@ class Dispatcher:
         claiming = [backend for backend in self.plugins.backends.values() if backend.claims(device_type)]
         return [backend.name for backend in sorted(claiming, key=lambda one: (-one.priority, one.name))]
 
-    def _excluded(self, names: Sequence[str], chosen_by: str) -> tuple[tuple[str, str], ...]:
-        """Backends that were not asked; quarantined plugins count among them."""
-        left_out = [name for name in self.plugins.backends if name not in names]
+    def _excluded(self, device_type: str, names: Sequence[str], chosen_by: str) -> tuple[tuple[str, str], ...]:
+        """Backends for this type of device that were not asked; quarantined plugins count among them."""
+        left_out = [one.name for one in self.plugins.backends.values() if one.claims(device_type)]
+        left_out = [name for name in left_out if name not in names]
         excluded = [(name, f"not in {chosen_by}") for name in left_out] if chosen_by != "priority" else []
         return (*excluded, *((q.plugin, f"quarantined: {q.reason}") for q in self.plugins.quarantined.values()))
 

@@ -22,7 +22,11 @@ log = logging.getLogger("halfbyte.plugins")
 GROUP = "halfbyte.backends"
 
 # The built-in backends are plugins like any other; only their place of registration differs.
-BUILTIN = {"cpu": "halfbyte_cpu.plugin"}
+BUILTIN = {
+    "cpu": "halfbyte_cpu.plugin",
+    "cuda": "halfbyte_cuda.plugin",
+    "rocm": "halfbyte_rocm.plugin",
+}
 
 
 @dataclass(frozen=True)

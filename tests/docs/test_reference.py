@@ -190,7 +190,15 @@ def test_variables_that_a_page_names_are_read(page: Path) -> None:
     known = {name.partition("_<")[0] for name in VARIABLES} | per_op
     made_up = {"HALFBYTE_ACME_TABLE", "HALFBYTE_"}  # of the example plugin; a placeholder
 
-    assert set(re.findall(r"HALFBYTE_[A-Z0-9_]*[A-Z0-9]|HALFBYTE_", read(page))) <= known | made_up
+    assert set(re.findall(r"HALFBYTE_[A-Z0-9_]*[A-Z0-9]|HALFBYTE_", read(page))) <= known | made_up | build_options()
+
+
+def build_options() -> set[str]:
+    """What CMake and pyproject.toml read while halfbyte is built."""
+    of_cmake = re.search(r"foreach\(name ([A-Z ]+)\)\n  set\(HALFBYTE_", read(ROOT / "csrc" / "CMakeLists.txt"))
+    of_pip = re.findall(r"^if\.env\.(HALFBYTE_\w+)", read(ROOT / "pyproject.toml"), flags=re.MULTILINE)
+    assert of_cmake is not None
+    return {f"HALFBYTE_{name}" for name in of_cmake[1].split()} | set(of_pip)
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)

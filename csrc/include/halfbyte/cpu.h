@@ -8,22 +8,8 @@
 
 namespace halfbyte::cpu {
 
-// One fp32 scale per block: `values` itself, or, where `nested` is given, values[i] are uint8 codes and
-// absmax[i] = codebook[values[i]] * nested[i / 256] + *offset, product and sum each rounded.
-struct Absmax {
-  const void* values;
-  const float* nested;
-  const float* codebook;
-  const float* offset;
-};
-
-// A 4-bit weight [n, k], flattened row-major: blocks may cross rows.
-struct Weight4 {
-  const uint8_t* packed;
-  Absmax absmax;
-  Format format;
-  int64_t blocksize;  // a power of two, 32 .. 4096
-};
+using halfbyte::Absmax;
+using halfbyte::Weight4;
 
 // The numbers of one step, see Coefficients in ops/rules.py; `norm` and what trust factors need stay in fp64.
 struct Coefficients {

@@ -1,0 +1,306 @@
+// portable.cuh: the one place where CUDA, HIP and the emulation differ.
+//
+// Kernels are written once, with the names below.  Shuffles reach at most 32 neighbouring lanes unless a kernel
+// is a template over `Lanes`, which is 32 or 64 and chosen by with_lanes() from what the device says.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "halfbyte/types.h"
+
+#if defined(HALFBYTE_EMULATE)
+#include "emulate.h"
+#elif defined(__HIP__)
+#include <hip/hip_fp16.h>
+#include <hip/hip_runtime.h>
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+// -- runtime -----------------------------------------------------------------------------------------------------
+
+#if defined(HALFBYTE_EMULATE)
+#define HALFBYTE_LAUNCH(kernel, grid, block, smem, stream, ...) \
+  halfbyte::emulate::launch(grid, block, smem, stream, [=] { (HALFBYTE_UNPAREN kernel)(__VA_ARGS__); })
+#define HALFBYTE_SHFL_XOR(value, mask) halfbyte::emulate::shuffle_xor(value, mask)
+#define HALFBYTE_UNROLL
+#elif defined(__HIP__)
+#define gpuStream_t hipStream_t
+#define gpuError_t hipError_t
+#define gpuSuccess hipSuccess
+#define gpuGetLastError hipGetLastError
+#define gpuGetErrorString hipGetErrorString
+#define gpuGetDeviceCount hipGetDeviceCount
+#define gpuGetDevice hipGetDevice
+#define gpuSetDevice hipSetDevice
+#define gpuMemsetAsync hipMemsetAsync
+#define gpuDeviceGetAttribute hipDeviceGetAttribute
+#define gpuMultiprocessors hipDeviceAttributeMultiprocessorCount
+#define gpuLanes hipDeviceAttributeWarpSize
+#define HALFBYTE_LAUNCH(kernel, grid, block, smem, stream, ...) \
+  HALFBYTE_UNPAREN kernel<<<grid, block, smem, static_cast<gpuStream_t>(stream)>>>(__VA_ARGS__)
+#define HALFBYTE_SHFL_XOR(value, mask) __shfl_xor(value, mask)
+#define HALFBYTE_UNROLL _Pragma("unroll")
+#else
+#define gpuStream_t cudaStream_t
+#define gpuError_t cudaError_t
+#define gpuSuccess cudaSuccess
+#define gpuGetLastError cudaGetLastError
+#define gpuGetErrorString cudaGetErrorString
+#define gpuGetDeviceCount cudaGetDeviceCount
+#define gpuGetDevice cudaGetDevice
+#define gpuSetDevice cudaSetDevice
+#define gpuMemsetAsync cudaMemsetAsync
+#define gpuDeviceGetAttribute cudaDeviceGetAttribute
+#define gpuMultiprocessors cudaDevAttrMultiProcessorCount
+#define gpuLanes cudaDevAttrWarpSize
+#define HALFBYTE_LAUNCH(kernel, grid, block, smem, stream, ...) \
+  HALFBYTE_UNPAREN kernel<<<grid, block, smem, static_cast<gpuStream_t>(stream)>>>(__VA_ARGS__)
+#define HALFBYTE_SHFL_XOR(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
+#define HALFBYTE_UNROLL _Pragma("unroll")
+#endif
+#define HALFBYTE_UNPAREN(...) __VA_ARGS__  // a kernel with template arguments is given in parentheses
+
+#define HALFBYTE_DEVICE __device__ __forceinline__
+
+namespace halfbyte::gpu {
+
+// What the launch just made came to.
+inline const char* launched() {
+  const gpuError_t error = gpuGetLastError();
+  return error == gpuSuccess ? nullptr : gpuGetErrorString(error);
+}
+
+// Multiprocessors of the current device: how many blocks a grid that loops should have is counted in them.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (gpuGetDevice(&device) != gpuSuccess) return 1;
+  if (gpuDeviceGetAttribute(&count, gpuMultiprocessors, device) != gpuSuccess || count < 1) return 1;
+  return count;
+}
+
+// Blocks for a kernel that strides over `tiles` with at most `each` blocks per multiprocessor.
+inline unsigned grid_for(int64_t tiles, int each) {
+  const int64_t most = static_cast<int64_t>(multiprocessors()) * each;
+  return static_cast<unsigned>(tiles < most ? tiles : most);
+}
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// f(Int<32>) or f(Int<64>): the lanes in lockstep of the current device.
+template <class Function>
+const char* with_lanes(const Function& f) {
+#if defined(HALFBYTE_EMULATE)
+  return f(Int<HALFBYTE_WARP>());
+#elif defined(__HIP__)
+  int device = 0, lanes = 0;
+  if (gpuGetDevice(&device) != gpuSuccess) return gpuGetErrorString(gpuGetLastError());
+  if (gpuDeviceGetAttribute(&lanes, gpuLanes, device) != gpuSuccess)
+    return gpuGetErrorString(gpuGetLastError());
+  return lanes == 64 ? f(Int<64>()) : f(Int<32>());
+#else
+  return f(Int<32>());
+#endif
+}
+
+// -- bits and numbers --------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+HALFBYTE_DEVICE float as_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+HALFBYTE_DEVICE uint32_t as_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+HALFBYTE_DEVICE float widen(float x) { return x; }
+HALFBYTE_DEVICE float widen(BFloat x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
+HALFBYTE_DEVICE float widen(Half x) {
+#if defined(HALFBYTE_EMULATE)
+  return emulate::half_to_float(x.bits);
+#else
+  return __half2float(__ushort_as_half(x.bits));
+#endif
+}
+
+// To nearest, ties to even.
+template <class T>
+HALFBYTE_DEVICE T narrow(float x);
+template <>
+HALFBYTE_DEVICE float narrow<float>(float x) {
+  return x;
+}
+template <>
+HALFBYTE_DEVICE Half narrow<Half>(float x) {
+#if defined(HALFBYTE_EMULATE)
+  return {emulate::float_to_half(x)};
+#else
+  return {__half_as_ushort(__float2half_rn(x))};
+#endif
+}
+template <>
+HALFBYTE_DEVICE BFloat narrow<BFloat>(float x) {
+#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+  const uint32_t bits = as_bits(x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // stays NaN
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#else
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#endif
+}
+
+// Two 16-bit numbers in a word, the first in the low half.
+template <class T>
+HALFBYTE_DEVICE uint32_t narrow2(float low, float high) {
+#if !defined(HALFBYTE_EMULATE) && !defined(__HIP__)
+  if constexpr (std::is_same_v<T, BFloat>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, 4);
+    return word;
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, 4);
+    return word;
+  }
+#else
+  return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+#endif
+}
+
+// The two 16-bit numbers of a word.
+template <class T>
+HALFBYTE_DEVICE void widen2(uint32_t word, float& low, float& high) {
+  if constexpr (std::is_same_v<T, BFloat>) {
+    low = as_float(word << 16);
+    high = as_float(word & 0xffff0000u);
+  } else {
+    low = widen(T{static_cast<uint16_t>(word)});
+    high = widen(T{static_cast<uint16_t>(word >> 16)});
+  }
+}
+
+HALFBYTE_DEVICE uint32_t reverse_bytes(uint32_t word) {
+#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+  return __builtin_bswap32(word);
+#else
+  return __byte_perm(word, 0, 0x0123);
+#endif
+}
+
+// -- memory ------------------------------------------------------------------------------------------------------
+
+// `Bytes` (2, 4, 8, 16) from memory that no one writes while the kernel runs, aligned to that.
+template <int Bytes>
+struct Words {
+  uint32_t w[Bytes < 4 ? 1 : Bytes / 4];
+};
+
+template <int Bytes>
+HALFBYTE_DEVICE Words<Bytes> load(const void* p) {
+  Words<Bytes> to;
+#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#define HALFBYTE_READ(type) *static_cast<const type*>(p)
+#else
+#define HALFBYTE_READ(type) __ldg(static_cast<const type*>(p))
+#endif
+  if constexpr (Bytes == 16) {
+    const uint4 v = HALFBYTE_READ(uint4);
+    to = {v.x, v.y, v.z, v.w};
+  } else if constexpr (Bytes == 8) {
+    const uint2 v = HALFBYTE_READ(uint2);
+    to = {v.x, v.y};
+  } else if constexpr (Bytes == 4) {
+    to = {HALFBYTE_READ(uint32_t)};
+  } else {
+    static_assert(Bytes == 2);
+    to = {HALFBYTE_READ(uint16_t)};
+  }
+#undef HALFBYTE_READ
+  return to;
+}
+
+template <int Bytes>
+HALFBYTE_DEVICE void store(void* p, Words<Bytes> from) {
+  if constexpr (Bytes == 16) {
+    *static_cast<uint4*>(p) = uint4{from.w[0], from.w[1], from.w[2], from.w[3]};
+  } else if constexpr (Bytes == 8) {
+    *static_cast<uint2*>(p) = uint2{from.w[0], from.w[1]};
+  } else {
+    static_assert(Bytes == 4);
+    *static_cast<uint32_t*>(p) = from.w[0];
+  }
+}
+
+// The 16 / sizeof(T) numbers of 16 bytes.
+template <class T>
+HALFBYTE_DEVICE void widen_all(Words<16> from, float* to) {
+  HALFBYTE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = as_float(from.w[i]);
+    } else {
+      widen2<T>(from.w[i], to[2 * i], to[2 * i + 1]);
+    }
+  }
+}
+
+template <class T>
+HALFBYTE_DEVICE Words<16> narrow_all(const float* from) {
+  Words<16> to;
+  HALFBYTE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to.w[i] = as_bits(from[i]);
+    } else {
+      to.w[i] = narrow2<T>(from[2 * i], from[2 * i + 1]);
+    }
+  }
+  return to;
+}
+
+inline bool aligned(const void* p, uintptr_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+inline int log2_of(int64_t power) {
+  int shift = 0;
+  while ((int64_t{1} << shift) < power) ++shift;
+  return shift;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// -- types -------------------------------------------------------------------------------------------------------
+
+// f with a value of the element type.
+template <class Function>
+const char* with_dtype(DType dtype, const Function& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::float16:
+      return f(Half{});
+    case DType::bfloat16:
+      return f(BFloat{});
+  }
+  return "dtype must be float32, float16 or bfloat16";
+}
+
+}  // namespace halfbyte::gpu

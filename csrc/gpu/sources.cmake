@@ -1,0 +1,3 @@
+# The portable kernels, for the folders that compile them: each in its own language.
+set(HALFBYTE_GPU_KERNELS runtime.cu quantize4.cu dequantize4.cu)
+list(TRANSFORM HALFBYTE_GPU_KERNELS PREPEND ${HALFBYTE_CSRC}/gpu/)
