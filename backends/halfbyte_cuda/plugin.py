@@ -15,6 +15,11 @@ from halfbyte.backend import Backend, DeviceFacts
 from halfbyte.kernel import Kernel
 
 MODULE = "halfbyte_cuda._C"
+TENSOR_CORES = {
+    "format": {"nf4", "fp4"},
+    "blocksize": {64, 128, 256, 512, 1024, 2048, 4096},
+    "dtype": {torch.float16, torch.bfloat16},
+}
 
 
 class CudaBackend(Backend):
@@ -46,9 +51,18 @@ class CudaBackend(Backend):
     def kernels(self) -> Iterable[Kernel]:
         from halfbyte import native_gpu
 
-        from . import _C
+        from . import _C, linear4bit
 
         yield from native_gpu.kernels(_C)
+        if "90a" in _C.archs():
+            yield Kernel(
+                "linear_4bit",
+                functools.partial(linear4bit.linear_4bit, _C),
+                limits=TENSOR_CORES,
+                cc=((9, 0), (9, 0)),
+                priority=10,
+                variant="sm_90a",
+            )
 
 
 @functools.cache

@@ -6,6 +6,12 @@ namespace py = pybind11;
 using namespace halfbyte;
 using namespace halfbyte::gpu;
 
+#ifdef HALFBYTE_GEMM
+namespace halfbyte::gpu {
+void bind_gemm(py::module_& module);  // ../cuda
+}
+#endif
+
 namespace {
 
 DType dtype_of(int code) { return static_cast<DType>(code); }
@@ -42,4 +48,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       "How many devices the driver shows, and why there is none.  Starts the driver.");
   module.def("archs", &archs, "What the module was built for, as the build named it.");
   bind_4bit(module);
+#ifdef HALFBYTE_GEMM
+  bind_gemm(module);
+#endif
 }

@@ -1,0 +1,156 @@
+"""linear_4bit on the tensor cores of sm_90a: what a kernel takes, which one serves a size, and the call."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from importlib import resources
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfbyte import native_gpu
+from halfbyte.native import DTYPES, FORMATS, address
+
+# A kernel and its parameters: ("stream", tiles, depth), ("tile", columns, groups, turns, log_splits) as in
+# csrc/include/halfbyte/gemm.h, or ("dequantize",): the weight in slabs, then torch's matmul.
+Choice: TypeAlias = tuple[Any, ...]
+
+SLAB = 64 << 20  # bytes of a dequantized slab: small enough to stay in L2, large enough to fill the GPU
+
+
+def linear_4bit(
+    c: Any,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    out_features: int,
+) -> Tensor:
+    """As the op.  Sizes that no tensor-core kernel takes go to the portable one."""
+    k = x.shape[-1]
+    m = x.numel() // k if k else 0
+    if not takes(m, out_features, k, blocksize):
+        return native_gpu.linear_4bit(
+            c, x, packed, absmax, nested_absmax, nested_codebook, offset, bias, format, blocksize, out_features
+        )
+    choice = choose(m, out_features, k)
+    return run(
+        c, choice, x, packed, absmax, nested_absmax, nested_codebook, offset, bias, format, blocksize, out_features
+    )
+
+
+def takes(m: int, n: int, k: int, blocksize: int) -> bool:
+    """Whether the tensor-core kernels take a product of this size."""
+    return bool(m and n and k) and not (k % 256 or k % blocksize) and blocksize >= 64 and max(m, n, k) < 2**31
+
+
+def run(
+    c: Any,
+    choice: Choice,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    out_features: int,
+) -> Tensor:
+    """linear_4bit with one kernel of those that take the size."""
+    k = x.shape[-1]
+    if choice[0] == "dequantize":
+        weight = native_gpu.Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
+        return by_slabs(c, weight, x, bias, out_features)
+    dense = native_gpu.dense
+    x, packed, absmax = dense(x), dense(packed), dense(absmax)
+    if bias is not None:
+        bias = bias.contiguous()
+    if nested_absmax is not None and nested_codebook is not None:
+        nested_absmax, nested_codebook = nested_absmax.contiguous(), nested_codebook.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    call = c.linear_4bit_stream if choice[0] == "stream" else c.linear_4bit_tile
+    call(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        address(nested_absmax),
+        address(nested_codebook),
+        address(offset),
+        FORMATS[format],
+        blocksize,
+        address(bias),
+        x.numel() // k,
+        out_features,
+        k,
+        y.data_ptr(),
+        *choice[1:],
+        *native_gpu.place(x),
+    )
+    return y
+
+
+def by_slabs(c: Any, weight: native_gpu.Weight4, x: Tensor, bias: Tensor | None, n: int) -> Tensor:
+    """x . weight^T + bias with torch's matmul, a slab of rows of the weight at a time."""
+    k = x.shape[-1]
+    rows = max(256, SLAB // (k * x.element_size()) // 256 * 256)
+    slab = x.new_empty((min(rows, n), k))
+    if rows >= n:
+        weight.dequantize(c, slab, k=k, rows=n, columns=k)
+        return F.linear(x, slab, bias)
+    flat = x.reshape(-1, k)
+    y = x.new_empty((flat.shape[0], n))
+    for row in range(0, n, rows):
+        part = slab[: min(rows, n - row)]
+        weight.dequantize(c, part, k=k, row=row, rows=part.shape[0], columns=k)
+        torch.mm(flat, part.t(), out=y[:, row : row + part.shape[0]])
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], n)
+
+
+# -- choosing ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def measured() -> dict[tuple[int, int], dict[int, Choice]]:
+    """(n, k) -> m -> the fastest choice, as `python -m halfbyte_cuda.tune` found it."""
+    table = json.loads(resources.files(__package__).joinpath("tuning.json").read_text())["linear_4bit"]
+    return {(row["n"], row["k"]): {int(m): tuple(choice) for m, choice in row["choices"].items()} for row in table}
+
+
+@functools.lru_cache(4096)
+def choose(m: int, n: int, k: int) -> Choice:
+    """What was fastest at the nearest measured weight, at the next measured m; above the last, dequantizing."""
+    table = measured()
+    nearest = min(table, key=lambda size: abs(math.log(size[0] / n)) + abs(math.log(size[1] / k)))
+    for rows, choice in sorted(table[nearest].items()):
+        if m <= rows:
+            return choice
+    return ("dequantize",)
+
+
+def candidates(m: int) -> list[Choice]:
+    """Every choice that can serve m rows of x well."""
+    found: list[Choice] = []
+    if m <= 8:
+        found += [("stream", 4, 2), ("stream", 4, 3)]
+    elif m <= 16:
+        found += [("stream", 2, 2), ("stream", 2, 3), ("stream", 3, 2), ("stream", 4, 2)]
+    for columns, shapes in ((32, ((4, 1), (2, 2), (1, 4))), (64, ((4, 1), (2, 2), (1, 4))), (128, ((2, 1), (1, 2)))):
+        if columns / 4 < m <= (columns if columns < 64 else 8 * columns):
+            found += [("tile", columns, *shape, splits) for shape in shapes for splits in (0, 1, 2)]
+    if m >= 64:
+        found.append(("dequantize",))
+    return found

@@ -1,0 +1,113 @@
+"""Measures every kernel of linear_4bit that can serve a size, and writes the fastest to tuning.json.
+
+    python -m halfbyte_cuda.tune            # on an idle GPU; prints the table, writes tuning.json beside this file
+
+Times are medians over replays of a CUDA graph that takes turns at enough copies of a weight to overflow L2 several
+times, so that every weight comes from memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linear4bit import Choice, candidates, run
+
+SIZES = (
+    (1024, 4096),
+    (4096, 1024),
+    (2048, 2048),
+    (8192, 2048),
+    (2048, 8192),
+    (4096, 4096),
+    (6144, 4096),
+    (5120, 5120),
+    (11008, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (8192, 8192),
+    (28672, 8192),
+    (8192, 28672),
+)
+ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def microseconds(calls: list[Any], repeats: int = 7) -> float:
+    """The median time of one call, in a graph of all of them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(times[1:])[repeats // 2]
+
+
+def weights(n: int, k: int) -> list[tuple[Tensor, Tensor]]:
+    """Copies of a random NF4 weight, at least four times L2 together, in all three or more."""
+    l2 = torch.cuda.get_device_properties().L2_cache_size
+    copies = max(3, 4 * l2 // (n * k // 2))
+    return [
+        (
+            torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device="cuda"),
+            torch.rand(n * k // 64, device="cuda") * 0.02 + 0.01,
+        )
+        for _ in range(copies)
+    ]
+
+
+def measure(c: Any, n: int, k: int, m: int, copies: list[tuple[Tensor, Tensor]]) -> dict[Choice, float]:
+    """Microseconds of every choice for one size."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    times = {}
+    for choice in candidates(m):
+        calls = [
+            lambda w=w, a=a, choice=choice: run(c, choice, x, w, a, None, None, None, None, "nf4", 64, n)
+            for w, a in copies
+        ]
+        times[choice] = microseconds(calls)
+    return times
+
+
+def main() -> None:
+    from . import _C
+
+    table = []
+    for n, k in SIZES:
+        copies = weights(n, k)
+        choices = {}
+        for m in ROWS:
+            times = measure(_C, n, k, m, copies)
+            best = min(times, key=lambda choice: times[choice])
+            choices[str(m)] = list(best)
+            ranked = sorted(times.items(), key=lambda item: item[1])[:3]
+            print(f"{n}x{k} M={m}:", *(f"{'-'.join(map(str, choice))} {us:.1f}" for choice, us in ranked), flush=True)
+        table.append({"n": n, "k": k, "choices": choices})
+    document = {
+        "command": "python -m halfbyte_cuda.tune",
+        "device": torch.cuda.get_device_name(),
+        "date": str(datetime.date.today()),
+        "linear_4bit": table,
+    }
+    lines = json.dumps(document, indent=1)
+    Path(__file__).with_name("tuning.json").write_text(lines + "\n")
+
+
+if __name__ == "__main__":
+    main()
