@@ -8,7 +8,8 @@ is allocated, through torch; nothing waits for the device, so that every call ca
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -101,6 +102,286 @@ class Weight4:
         c.dequantize_4bit(*self.fields, k, row, rows, column, columns, out.data_ptr(), DTYPES[out.dtype], *place(out))
 
 
+def linear_4bit(
+    c: Module,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    out_features: int,
+) -> Tensor:
+    x = dense(x)
+    *rows, k = x.shape
+    m = math.prod(rows)
+    y = x.new_empty((*rows, out_features))
+    if not (m and out_features):
+        return y
+    if not k:
+        return only_bias(y, bias)
+    weight = Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
+    if bias is not None:
+        bias = bias.contiguous()
+    if m <= c.few_rows:
+        c.linear_4bit(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            *weight.fields,
+            address(bias),
+            m,
+            out_features,
+            k,
+            y.data_ptr(),
+            *place(x),
+        )
+        return y
+
+    def slab(first: int, end: int) -> Tensor:
+        part = x.new_empty(end - first, k)
+        weight.dequantize(c, part, k=k, row=first, rows=end - first, columns=k)
+        return part
+
+    return _by_slabs(x.view(m, k), slab, bias, y)
+
+
+def linear_4bit_backward(
+    c: Module,
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    """dy @ weight by slabs of the weight's columns: each column of dx is one sum, nothing is added up in dtype."""
+    dy = dense(dy)
+    *rows, n = dy.shape
+    m = math.prod(rows)
+    dx = dy.new_empty((*rows, in_features))
+    if not (m and in_features):
+        return dx
+    if not n:
+        return dx.zero_()
+    weight = Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
+    dy, out = dy.view(m, n), dx.view(m, in_features)
+    for first, end in _slabs(in_features, n * dy.element_size(), multiple=64):
+        part = dy.new_empty(n, end - first)
+        weight.dequantize(c, part, k=in_features, rows=n, column=first, columns=end - first)
+        torch.mm(dy, part, out=out[:, first:end])
+    return dx
+
+
+# -- 8 bit ---------------------------------------------------------------------------------------------------
+
+
+def quantize_8bit(c: Module, x: Tensor, codebook: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    codebook = codebook.contiguous()
+    n = x.numel()
+    codes = x.new_empty(x.shape, dtype=torch.uint8)
+    absmax = x.new_empty((n + blocksize - 1) // blocksize, dtype=torch.float32)
+    if n:
+        c.quantize_8bit(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            n,
+            codebook.data_ptr(),
+            blocksize,
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            *place(x),
+        )
+    return codes, absmax
+
+
+def dequantize_8bit(
+    c: Module, codes: Tensor, absmax: Tensor, codebook: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    codes = dense(codes)
+    absmax = absmax.contiguous()
+    codebook = codebook.contiguous()
+    out = codes.new_empty(codes.shape, dtype=dtype)
+    n = out.numel()
+    if n:
+        c.dequantize_8bit(
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            codebook.data_ptr(),
+            blocksize,
+            out.data_ptr(),
+            DTYPES[dtype],
+            n,
+            *place(codes),
+        )
+    return out
+
+
+# -- int8 ----------------------------------------------------------------------------------------------------
+
+
+def quantize_int8_rows(c: Module, x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _quantized_rows(c, dense(x), threshold, clear=True)
+
+
+def _quantized_rows(c: Module, x: Tensor, threshold: float, *, clear: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, absmax, outlier columns; only where `clear` are those columns 0 in q."""
+    *rows, k = x.shape
+    m = math.prod(rows)
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    if not (m and k):
+        return q, x.new_zeros(m, dtype=torch.float32), x.new_zeros(k, dtype=torch.bool)
+    absmax = x.new_empty(m, dtype=torch.float32)
+    outlier_columns = x.new_empty(k, dtype=torch.bool)
+    c.quantize_int8_rows(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        m,
+        k,
+        threshold,
+        clear,
+        q.data_ptr(),
+        absmax.data_ptr(),
+        outlier_columns.data_ptr(),
+        *place(x),
+    )
+    return q, absmax, outlier_columns
+
+
+def dequantize_int8(
+    c: Module,
+    q: Tensor,
+    row_absmax: Tensor,
+    col_absmax: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    q = q.contiguous()
+    row_absmax = row_absmax.contiguous()
+    if col_absmax is not None:
+        col_absmax = col_absmax.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    out = q.new_empty(q.shape, dtype=dtype)
+    if out.numel():
+        *rows, n = q.shape
+        c.dequantize_int8(
+            q.data_ptr(),
+            q.dtype is torch.int32,
+            row_absmax.data_ptr(),
+            address(col_absmax),
+            address(bias),
+            out.data_ptr(),
+            DTYPES[dtype],
+            math.prod(rows),
+            n,
+            *place(q),
+        )
+    return out
+
+
+def matmul_int8(c: Module, a: Tensor, b: Tensor) -> Tensor:
+    a = a.contiguous()
+    b = b.contiguous()
+    m, k = a.shape
+    n = b.shape[0]
+    out = a.new_empty((m, n), dtype=torch.int32)
+    if not (m and n):
+        return out
+    if not k:
+        return out.zero_()
+    c.matmul_int8(a.data_ptr(), b.data_ptr(), m, n, k, out.data_ptr(), *place(a))
+    return out
+
+
+def linear_int8(
+    c: Module,
+    x: Tensor,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    mode: str,
+) -> Tensor:
+    x = dense(x)
+    weight = weight.contiguous()
+    weight_absmax = weight_absmax.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    *rows, k = x.shape
+    m = math.prod(rows)
+    n = weight.shape[0]
+    y = x.new_empty((*rows, n))
+    if not (m and n):
+        return y
+    if not k:
+        return only_bias(y, bias)
+    layer = (weight.data_ptr(), weight_absmax.data_ptr(), address(bias), m, n, k, y.data_ptr(), *place(x))
+    if mode == "exact":
+        q, absmax, outlier_columns = _quantized_rows(c, x, threshold, clear=False)
+        listed = None
+        if threshold > 0:
+            listed = x.new_empty(k + 1, dtype=torch.int32)  # the count is the last one
+            c.list_columns(outlier_columns.data_ptr(), k, listed.data_ptr(), listed[k:].data_ptr(), *place(x))
+        c.linear_int8_exact(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            q.data_ptr(),
+            absmax.data_ptr(),
+            address(listed),
+            0 if listed is None else listed[k:].data_ptr(),
+            *layer,
+        )
+        return y
+    if m <= c.few_rows:
+        c.linear_int8_w8a16(x.data_ptr(), DTYPES[x.dtype], *layer)
+        return y
+
+    def slab(first: int, end: int) -> Tensor:
+        return dequantize_int8(c, weight[first:end], weight_absmax[first:end], None, None, x.dtype)
+
+    return _by_slabs(x.view(m, k), slab, bias, y)
+
+
+# -- products with slabs of a weight -------------------------------------------------------------------------
+
+# Bytes of a weight that is dequantized at a time: it is multiplied while still in the L2 cache.
+SLAB = 16 << 20
+_LEAST = 1 << 20  # a weight of fewer bytes is one slab; of a larger one never more than half is there
+
+
+def _slabs(count: int, each: int, *, multiple: int) -> Iterator[tuple[int, int]]:
+    """Ranges of `count` rows or columns of `each` bytes, in multiples of a number that kernels like."""
+    size = min(SLAB, max(_LEAST, count * each // 2)) // each
+    size = max(multiple, size // multiple * multiple)
+    for first in range(0, count, size):
+        yield first, min(count, first + size)
+
+
+def _by_slabs(x: Tensor, slab: Callable[[int, int], Tensor], bias: Tensor | None, y: Tensor) -> Tensor:
+    """y = x @ weight^T + bias, where slab(first, end) gives rows of the weight in x's dtype."""
+    n = y.shape[-1]
+    out = y.view(-1, n)
+    for first, end in _slabs(n, x.shape[1] * x.element_size(), multiple=16):
+        part = slab(first, end).t()
+        if bias is None:
+            torch.mm(x, part, out=out[:, first:end])
+        else:
+            torch.addmm(bias[first:end], x, part, out=out[:, first:end])
+    return y
+
+
+def only_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """A product over nothing."""
+    return y.zero_() if bias is None else y.copy_(bias)
+
+
 # -- what is declared ----------------------------------------------------------------------------------------
 
 _FLOATS = frozenset(DTYPES)
@@ -112,6 +393,14 @@ _FOURBIT: Mapping[str, Any] = {
 _KERNELS: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = (
     (quantize_4bit, _FOURBIT),
     (dequantize_4bit, _FOURBIT),
+    (linear_4bit, _FOURBIT),
+    (linear_4bit_backward, _FOURBIT),
+    (quantize_8bit, {"dtype": _FLOATS}),
+    (dequantize_8bit, {"dtype": _FLOATS}),
+    (quantize_int8_rows, {"dtype": _FLOATS}),
+    (dequantize_int8, {"dtype": _FLOATS, "source": {torch.int8, torch.int32}}),
+    (matmul_int8, {}),
+    (linear_int8, {"dtype": _FLOATS, "mode": {"exact", "w8a16"}}),
 )
 
 

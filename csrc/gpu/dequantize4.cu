@@ -22,12 +22,7 @@ template <bool Flat, int Values>
 HALFBYTE_DEVICE int64_t element_of(const Part& part, int64_t i) {
   if constexpr (Flat) return part.row * part.k + part.column + i * Values;
   const int64_t per_row = part.columns / Values;
-  int64_t row;
-  if ((i | per_row) >> 32 == 0) {
-    row = static_cast<uint32_t>(i) / static_cast<uint32_t>(per_row);  // a fifth of the time
-  } else {
-    row = i / per_row;
-  }
+  const int64_t row = quotient(i, per_row);
   return (part.row + row) * part.k + part.column + (i - row * per_row) * Values;
 }
 

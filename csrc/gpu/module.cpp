@@ -34,6 +34,83 @@ void bind_4bit(py::module_& module) {
              });
 }
 
+void bind_linear_4bit(py::module_& module) {
+  module.attr("few_rows") = kFewRows;
+  module.def("linear_4bit", [](Address x, int dtype, Address packed, Address absmax, Address nested,
+                               Address codebook, Address offset, int format, int64_t blocksize, Address bias,
+                               int64_t m, int64_t n, int64_t k, Address y, int device, Address stream) {
+    const Weight4 w = weight_of(packed, absmax, nested, codebook, offset, format, blocksize);
+    call(device,
+         [&] { return linear_4bit(at(x), dtype_of(dtype), w, at(bias), m, n, k, at(y), at(stream)); });
+  });
+}
+
+void bind_8bit(py::module_& module) {
+  module.def("quantize_8bit", [](Address x, int dtype, int64_t count, Address codebook, int64_t blocksize,
+                                 Address codes, Address absmax, int device, Address stream) {
+    call(device, [&] {
+      return quantize_8bit(at(x), dtype_of(dtype), count, at<const float>(codebook), blocksize,
+                           at<uint8_t>(codes), at<float>(absmax), at(stream));
+    });
+  });
+  module.def("dequantize_8bit", [](Address codes, Address absmax, Address codebook, int64_t blocksize,
+                                   Address out, int dtype, int64_t count, int device, Address stream) {
+    call(device, [&] {
+      return dequantize_8bit(at<const uint8_t>(codes), at<const float>(absmax), at<const float>(codebook),
+                             blocksize, at(out), dtype_of(dtype), count, at(stream));
+    });
+  });
+}
+
+void bind_int8(py::module_& module) {
+  module.def("quantize_int8_rows",
+             [](Address x, int dtype, int64_t rows, int64_t k, float threshold, bool zero, Address q,
+                Address absmax, Address outlier_columns, int device, Address stream) {
+               call(device, [&] {
+                 return quantize_int8_rows(at(x), dtype_of(dtype), rows, k, threshold, zero, at<int8_t>(q),
+                                           at<float>(absmax), at<uint8_t>(outlier_columns), at(stream));
+               });
+             });
+  module.def("dequantize_int8",
+             [](Address q, bool wide, Address row_absmax, Address col_absmax, Address bias, Address out,
+                int dtype, int64_t rows, int64_t n, int device, Address stream) {
+               call(device, [&] {
+                 return dequantize_int8(at(q), wide, at<const float>(row_absmax), at<const float>(col_absmax),
+                                        at<const float>(bias), at(out), dtype_of(dtype), rows, n, at(stream));
+               });
+             });
+  module.def("matmul_int8", [](Address a, Address b, int64_t m, int64_t n, int64_t k, Address out, int device,
+                               Address stream) {
+    call(device, [&] {
+      return matmul_int8(at<const int8_t>(a), at<const int8_t>(b), m, n, k, at<int32_t>(out), at(stream));
+    });
+  });
+  module.def(
+      "list_columns", [](Address flags, int64_t k, Address list, Address size, int device, Address stream) {
+        call(device, [&] {
+          return list_columns(at<const uint8_t>(flags), k, at<int32_t>(list), at<int32_t>(size), at(stream));
+        });
+      });
+  module.def("linear_int8_exact", [](Address x, int dtype, Address q, Address absmax, Address list,
+                                     Address size, Address weight, Address weight_absmax, Address bias,
+                                     int64_t m, int64_t n, int64_t k, Address y, int device, Address stream) {
+    const Quantized quantized = {at<const int8_t>(q), at<const float>(absmax), at<const int32_t>(list),
+                                 at<const int32_t>(size)};
+    call(device, [&] {
+      return linear_int8_exact(at(x), dtype_of(dtype), quantized, at<const int8_t>(weight),
+                               at<const float>(weight_absmax), at(bias), m, n, k, at(y), at(stream));
+    });
+  });
+  module.def(
+      "linear_int8_w8a16", [](Address x, int dtype, Address weight, Address weight_absmax, Address bias,
+                              int64_t m, int64_t n, int64_t k, Address y, int device, Address stream) {
+        call(device, [&] {
+          return linear_int8_w8a16(at(x), dtype_of(dtype), at<const int8_t>(weight),
+                                   at<const float>(weight_absmax), at(bias), m, n, k, at(y), at(stream));
+        });
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -48,6 +125,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       "How many devices the driver shows, and why there is none.  Starts the driver.");
   module.def("archs", &archs, "What the module was built for, as the build named it.");
   bind_4bit(module);
+  bind_linear_4bit(module);
+  bind_8bit(module);
+  bind_int8(module);
 #ifdef HALFBYTE_GEMM
   bind_gemm(module);
 #endif
