@@ -184,10 +184,13 @@ __global__ void __launch_bounds__(Tile<BM, R, KW>::kThreads, 1)
         (1ull << 62) | (64ull << 32) | (1ull << 16) | ((base + L::kX_at + x_stage * L::kX) & 0x3ffff) >> 4;
     float part[BM / 2];
     pin(part);
+    // Two warpgroups take turns at the tensor cores: while one multiplies, the other adds up.
+    if (kAhead) asm volatile("bar.sync %0, 256;" ::"r"(4 + (warp >> 2)) : "memory");
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma(part, now[k], x + 2 * k, k, T());
     wgmma_commit();
+    if (kAhead) asm volatile("bar.arrive %0, 256;" ::"r"(5 - (warp >> 2)) : "memory");
     if (kAhead) {
       if (b + KW < 4) {
         decode(then, stage, b + KW);
@@ -208,6 +211,7 @@ __global__ void __launch_bounds__(Tile<BM, R, KW>::kThreads, 1)
     }
     if (lane == 0) mbarrier_arrive(x_empty + 8 * x_stage);
   };
+  if (kAhead && warp >> 2) asm volatile("bar.arrive 4, 256;" ::: "memory");  // the first goes first
   if (kAhead && steps) {
     mbarrier_wait(w_full, 0);
     decode(a[0], 0, kw);
