@@ -6,7 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -15,7 +15,7 @@ from halfbyte.backend import Backend, DeviceFacts
 from halfbyte.kernel import Kernel
 
 MODULE = "halfbyte_cuda._C"
-TENSOR_CORES = {
+TENSOR_CORES: Mapping[str, Collection[object]] = {
     "format": {"nf4", "fp4"},
     "blocksize": {64, 128, 256, 512, 1024, 2048, 4096},
     "dtype": {torch.float16, torch.bfloat16},
