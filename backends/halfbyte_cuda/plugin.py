@@ -36,9 +36,7 @@ class CudaBackend(Backend):
     def why_not_device(self, device: DeviceFacts) -> tuple[str, ...]:
         if device.cc is None:  # not known before the first op
             return ()
-        from . import _C
-
-        archs = _C.archs()
+        archs = built_for()
         if runs_on(archs, device.cc):
             return ()
         return (f"halfbyte_cuda was built for {archs.replace(',', ', ')}; {device} is {device.arch}",)
@@ -49,6 +47,13 @@ class CudaBackend(Backend):
         from . import _C
 
         yield from native_gpu.kernels(_C)
+
+
+def built_for() -> str:
+    """CMake's list of the architectures in the module."""
+    from . import _C
+
+    return _C.archs()
 
 
 @functools.cache
