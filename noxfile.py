@@ -1,8 +1,11 @@
-"""The documented commands: nox -s demo, tests, lint, types, sanitize, docs, bench, build, tables."""
+"""The documented commands: nox -s demo, tests, lint, types, sanitize, cuda, hip, docs, bench, build, tables."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import tomllib
+from pathlib import Path
 
 import nox
 
@@ -15,10 +18,11 @@ nox.options.sessions = ["tests", "lint", "types"]
 TORCH = "torch==2.13.0"
 
 
-def install(session: nox.Session, *extras: str) -> None:
-    """torch first, on its own line, then halfbyte with its CPU module."""
+def install(session: nox.Session, *extras: str, **defines: str) -> None:
+    """torch first, on its own line, then halfbyte with its CPU module and what `defines` adds."""
     session.install(TORCH)
-    session.install(f".[{','.join(extras)}]", "-Ccmake.define.HALFBYTE_CUDA=OFF", "-Ccmake.define.HALFBYTE_HIP=OFF")
+    options = {"HALFBYTE_CUDA": "OFF", "HALFBYTE_HIP": "OFF", **defines}
+    session.install(f".[{','.join(extras)}]", *(f"-Ccmake.define.{name}={value}" for name, value in options.items()))
 
 
 @nox.session
@@ -31,8 +35,8 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests on the installed wheel; what the machine lacks is skipped with its reason."""
-    install(session, "test")
+    """Run the tests on the installed wheel, with the GPU kernels emulated; what is missing is a skip that says so."""
+    install(session, "test", HALFBYTE_EMULATE="ON")
     session.run("pytest", *(session.posargs or ["tests"]))
 
 
@@ -61,14 +65,79 @@ def sanitize(session: nox.Session) -> None:
     if shutil.which("g++") is None:
         session.skip("no g++")
     session.install("cmake", "ninja", "pybind11")
-    pybind11 = str(session.run("python", "-m", "pybind11", "--cmakedir", silent=True)).strip()
-    options = ["-DHALFBYTE_SANITIZE=ON", "-DHALFBYTE_CUDA=OFF", "-DHALFBYTE_HIP=OFF", "-DHALFBYTE_SYCL=OFF"]
-    options += ["-DCMAKE_CXX_COMPILER=g++", f"-Dpybind11_DIR={pybind11}"]
-    session.run("cmake", "-G", "Ninja", "-S", "csrc", "-B", "build/sanitize", *options)
-    session.run("cmake", "--build", "build/sanitize", "--target", "halfbyte_cpu_check", "--parallel", "2")
+    compile_native(session, "sanitize", "halfbyte_cpu_check", HALFBYTE_SANITIZE="ON", CMAKE_CXX_COMPILER="g++")
     # GCC 12 with ASan's detection of returned stack frames faults in aligned AVX-512 accesses to its own locals.
     watch = {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     session.run("build/sanitize/cpu/check/halfbyte_cpu_check", *session.posargs, env=watch, external=True)
+
+
+def compile_native(session: nox.Session, folder: str, target: str, **defines: str) -> None:
+    """One CMake target, without Python's packaging, in build/<folder>."""
+    pybind11 = str(session.run("python", "-m", "pybind11", "--cmakedir", silent=True)).strip()
+    found = {"HALFBYTE_CUDA": "OFF", "HALFBYTE_HIP": "OFF", "HALFBYTE_SYCL": "OFF", "pybind11_DIR": pybind11, **defines}
+    options = [f"-D{name}={value}" for name, value in found.items()]
+    session.run("cmake", "-G", "Ninja", "-S", "csrc", "-B", f"build/{folder}", *options)
+    session.run("cmake", "--build", f"build/{folder}", "--target", target, "--parallel", "2")
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Compile the CUDA module, for the architectures given or sm_90a, and import it without a driver."""
+    session.install("cmake", "ninja", "pybind11")
+    if os.environ.get("HALFBYTE_PIP_NVCC"):
+        with open("pyproject.toml", "rb") as file:
+            overrides = tomllib.load(file)["tool"]["scikit-build"]["overrides"]
+        (wheels,) = (one["build"]["requires"] for one in overrides if "HALFBYTE_PIP_NVCC" in one["if"].get("env", {}))
+        session.install(*wheels)
+    elif shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
+        session.skip("no nvcc; HALFBYTE_PIP_NVCC=1 fetches it from PyPI")
+    archs = ";".join(session.posargs) or "90a-real"
+    compile_native(session, "cuda", "halfbyte_cuda_module", HALFBYTE_CUDA="ON", CMAKE_CUDA_ARCHITECTURES=archs)
+    session.run("python", "tests/backends/gpu/check_module.py", "build/cuda/cuda/halfbyte_cuda_module", archs)
+
+
+@nox.session
+def hip(session: nox.Session) -> None:
+    """Compile the ROCm module, for the architectures given or gfx90a and gfx942, and import it without a GPU."""
+    compiler = os.environ.get("HIPCXX") or shutil.which("clang++-19") or shutil.which("amdclang++")
+    libraries = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")
+    if compiler is None:
+        session.skip("no HIP compiler: HIPCXX names none, and there is neither clang++-19 nor amdclang++")
+    session.install("cmake", "ninja", "pybind11")
+    archs = session.posargs or ["gfx90a", "gfx942"]
+    flags = {}
+    if libraries.exists():  # Debian's, where HIP lies in /usr
+        if not Path("/usr/include/hip/hip_runtime.h").exists():
+            session.skip("no HIP headers: apt-get install libamdhip64-dev")
+        folder = stand_ins(session, libraries, archs)
+        flags["CMAKE_HIP_FLAGS"] = f"--rocm-path=/usr --rocm-device-lib-path={folder} -Wno-linker-warnings"
+    session.env["HIPCXX"] = compiler
+    compile_native(
+        session, "hip", "halfbyte_rocm_module", HALFBYTE_HIP="ON", CMAKE_HIP_ARCHITECTURES=";".join(archs), **flags
+    )
+    session.run("python", "tests/backends/gpu/check_module.py", "build/hip/hip/halfbyte_rocm_module", ";".join(archs))
+
+
+def stand_ins(session: nox.Session, libraries: Path, archs: list[str]) -> Path:
+    """Debian's device libraries, and for architectures newer than them the one file that they lack.
+
+    It holds a number, so what is compiled with it is good for a check and never to be shipped.
+    """
+    folder = Path("build/hip-libraries").absolute()
+    shutil.copytree(libraries, folder, dirs_exist_ok=True)
+    for arch in archs:
+        name = arch.removeprefix("gfx")
+        made = folder / f"oclc_isa_version_{name}.bc"
+        if made.exists():
+            continue
+        number = int(name[:-2]) * 1000 + int(name[-2], 16) * 100 + int(name[-1], 16)
+        (folder / "isa.ll").write_text(
+            'target triple = "amdgcn-amd-amdhsa"\n'
+            "@__oclc_ISA_version = linkonce_odr protected local_unnamed_addr addrspace(4) "
+            f"constant i32 {number}, align 4\n"
+        )
+        session.run("llvm-as-19", str(folder / "isa.ll"), "-o", str(made), external=True)
+    return folder
 
 
 @nox.session

@@ -1,4 +1,7 @@
-# Addresses and sizes are integers; the last two arguments are the device's index (-1: as things are) and the stream.
+# Addresses and sizes are integers; the last two arguments are the device's index (-1: as things are) and the address
+# of the stream.  module.cpp and halfbyte/gpu.h say what the others are.
+
+few_rows: int  # the most rows of x that linear_4bit and linear_int8_w8a16 take
 
 def device_count() -> tuple[int, str]:
     """How many devices the driver shows, and why there is none.  Starts the driver."""
@@ -7,16 +10,7 @@ def archs() -> str:
     """What the module was built for, as the build named it, with commas."""
 
 def quantize_4bit(
-    x: int,
-    dtype: int,
-    count: int,
-    format: int,
-    blocksize: int,
-    packed: int,
-    absmax: int,
-    device: int,
-    stream: int,
-    /,
+    x: int, dtype: int, count: int, format: int, blocksize: int, packed: int, absmax: int, device: int, stream: int, /
 ) -> None: ...
 def dequantize_4bit(
     packed: int,
@@ -37,6 +31,7 @@ def dequantize_4bit(
     stream: int,
     /,
 ) -> None: ...
+def linear_4bit(
 def linear_4bit_stream(
     x: int,
     dtype: int,
@@ -58,6 +53,74 @@ def linear_4bit_stream(
     stream: int,
     /,
 ) -> None: ...
+def quantize_8bit(
+    x: int, dtype: int, count: int, codebook: int, blocksize: int, codes: int, absmax: int, device: int, stream: int, /
+) -> None: ...
+def dequantize_8bit(
+    codes: int,
+    absmax: int,
+    codebook: int,
+    blocksize: int,
+    out: int,
+    dtype: int,
+    count: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def quantize_int8_rows(
+    x: int,
+    dtype: int,
+    rows: int,
+    k: int,
+    threshold: float,
+    zero: bool,
+    q: int,
+    absmax: int,
+    outlier_columns: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def dequantize_int8(
+    q: int,
+    wide: bool,
+    row_absmax: int,
+    col_absmax: int,
+    bias: int,
+    out: int,
+    dtype: int,
+    rows: int,
+    n: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def matmul_int8(a: int, b: int, m: int, n: int, k: int, out: int, device: int, stream: int, /) -> None: ...
+def list_columns(flags: int, k: int, list: int, size: int, device: int, stream: int, /) -> None: ...
+def linear_int8_exact(
+    x: int,
+    dtype: int,
+    q: int,
+    absmax: int,
+    list: int,
+    size: int,
+    weight: int,
+    weight_absmax: int,
+    bias: int,
+    m: int,
+    n: int,
+    k: int,
+    y: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def linear_int8_w8a16(
+    x: int,
+    dtype: int,
+    weight: int,
+    weight_absmax: int,
 def linear_4bit_tile(
     x: int,
     dtype: int,

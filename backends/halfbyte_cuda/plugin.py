@@ -41,9 +41,7 @@ class CudaBackend(Backend):
     def why_not_device(self, device: DeviceFacts) -> tuple[str, ...]:
         if device.cc is None:  # not known before the first op
             return ()
-        from . import _C
-
-        archs = _C.archs()
+        archs = built_for()
         if runs_on(archs, device.cc):
             return ()
         return (f"halfbyte_cuda was built for {archs.replace(',', ', ')}; {device} is {device.arch}",)
@@ -63,6 +61,13 @@ class CudaBackend(Backend):
                 priority=10,
                 variant="sm_90a",
             )
+
+
+def built_for() -> str:
+    """CMake's list of the architectures in the module."""
+    from . import _C
+
+    return _C.archs()
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from halfbyte.backend import Backend, DeviceFacts
 from halfbyte.kernel import Kernel
 
 MODULE = "halfbyte_rocm._C"
+DRIVER = Path("/dev/kfd")
 
 
 class RocmBackend(Backend):
@@ -27,16 +28,14 @@ class RocmBackend(Backend):
             return (f"torch {torch.__version__} is built without ROCm",)
         if importlib.util.find_spec(MODULE) is None:
             return (f"{MODULE} is not built: reinstall halfbyte with HIPCXX naming a HIP compiler",)
-        if not Path("/dev/kfd").exists():
-            return ("there is no AMD GPU driver: /dev/kfd does not exist",)
+        if not DRIVER.exists():
+            return (f"there is no AMD GPU driver: {DRIVER} does not exist",)
         return ()
 
     def why_not_device(self, device: DeviceFacts) -> tuple[str, ...]:
         if not device.arch:  # not known before the first op
             return ()
-        from . import _C
-
-        archs = _C.archs().split(",")
+        archs = built_for().split(",")
         # "gfx90a:sramecc+" is built for one setting of a feature that gfx90a has.
         if device.arch in (arch.partition(":")[0] for arch in archs):
             return ()
@@ -48,6 +47,13 @@ class RocmBackend(Backend):
         from . import _C
 
         yield from native_gpu.kernels(_C)
+
+
+def built_for() -> str:
+    """CMake's list of the architectures in the module."""
+    from . import _C
+
+    return _C.archs()
 
 
 @halfbyte.hookimpl

@@ -9,7 +9,7 @@ namespace halfbyte::gpu {
 template <class T>
 constexpr int kChunk = 32 / sizeof(T);
 
-constexpr int kGroup = 32;  // lanes that a shuffle reaches
+constexpr unsigned kGroup = 32;  // lanes that a shuffle reaches
 
 // x[first .. first + kChunk), with zeros from `count` on.  Without a branch in the common case.
 template <class T>
@@ -36,18 +36,19 @@ HALFBYTE_DEVICE float magnitude(const float* v) {
 // The maximum over `lanes` neighbouring threads, a power of two; where that is more than one group, through
 // shared memory, and then every thread of the block must come here.
 template <bool Wide>
-HALFBYTE_DEVICE float neighbours_max(float value, int lanes) {
-  const int within = lanes < kGroup ? lanes : kGroup;
-  for (int mask = within / 2; mask > 0; mask /= 2) value = fmaxf(value, HALFBYTE_SHFL_XOR(value, mask));
+HALFBYTE_DEVICE float neighbours_max(float value, unsigned lanes) {
+  for (unsigned mask = (lanes < kGroup ? lanes : kGroup) >> 1; mask > 0; mask >>= 1) {
+    value = fmaxf(value, HALFBYTE_SHFL_XOR(value, static_cast<int>(mask)));
+  }
   if constexpr (Wide) {
     __shared__ float of_group[1024 / kGroup];
-    const int group = static_cast<int>(threadIdx.x) / kGroup, groups = lanes / kGroup;
+    const unsigned group = threadIdx.x / kGroup, groups = lanes / kGroup;
     __syncthreads();  // the values of the round before have been read
     if (threadIdx.x % kGroup == 0) of_group[group] = value;
     __syncthreads();
     if (groups > 1) {
-      const int first = group / groups * groups;
-      for (int i = 0; i < groups; ++i) value = fmaxf(value, of_group[first + i]);
+      const unsigned first = group & ~(groups - 1);
+      for (unsigned i = 0; i < groups; ++i) value = fmaxf(value, of_group[first + i]);
     }
   }
   return value;

@@ -52,7 +52,7 @@ HALFBYTE_DEVICE void fill_table(Bin* table, const Encoding& encoding) {
   }
   const uint32_t low = encoding.order[below], high = encoding.order[below < 15 ? below + 1 : 15];
   const Bin entry = bin == kBins - 1 ? Bin{INFINITY, 0u} : Bin{threshold, low | high << 4};
-  for (int lane = static_cast<int>(threadIdx.x) % each; lane < kGroup; lane += each) {
+  for (unsigned lane = threadIdx.x % static_cast<unsigned>(each); lane < kGroup; lane += each) {
     table[bin * kGroup + lane] = entry;
   }
 }
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Wide ? 512 : 256)
   __shared__ Bin table[kBins * kGroup];
   fill_table(table, encoding);
   __syncthreads();
-  const int lanes = (1 << shift) / kValues;
+  const unsigned lanes = (1u << shift) / kValues;
   const int64_t step = int64_t{gridDim.x} * blockDim.x * kValues;
   // The loop's condition is the block's, so that all threads come to the barriers.
   for (int64_t tile = int64_t{blockIdx.x} * blockDim.x * kValues; tile < count; tile += step) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Wide ? 512 : 256)
     read_chunk(x, first, count, v);
     const float most = neighbours_max<Wide>(magnitude<kValues>(v), lanes);
     if (first >= count) continue;
-    if (threadIdx.x % lanes == 0) absmax[first >> shift] = most;
+    if ((threadIdx.x & (lanes - 1)) == 0) absmax[first >> shift] = most;
     const float scale = reciprocal(most);
     Words<kValues / 2> words;
     HALFBYTE_UNROLL
@@ -98,10 +98,11 @@ __global__ void __launch_bounds__(Wide ? 512 : 256)
       store<kValues / 2>(packed + first / 2, words);
       continue;
     }
-    for (int i = 0; i < (count - first + 1) / 2; ++i) {
+    HALFBYTE_UNROLL  // so that `words` stays in registers
+    for (int i = 0; i < kValues / 2; ++i) {
       uint32_t byte = words.w[i / 4] >> (i % 4 * 8) & 255u;
       if (first + 2 * i + 1 == count) byte = (byte & 0xf0u) | encoding.zero;
-      packed[first / 2 + i] = static_cast<uint8_t>(byte);
+      if (first + 2 * i < count) packed[first / 2 + i] = static_cast<uint8_t>(byte);
     }
   }
 }

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Wide ? 512 : 256)
   __shared__ Tables tables;
   fill_tables(tables, codebook);
   const bool direct = tables.direct != 0;
-  const int lanes = (1 << shift) / kValues;
+  const unsigned lanes = (1u << shift) / kValues;
   const int64_t step = int64_t{gridDim.x} * blockDim.x * kValues;
   for (int64_t tile = int64_t{blockIdx.x} * blockDim.x * kValues; tile < count; tile += step) {
     const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kValues;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Wide ? 512 : 256)
     read_chunk(x, first, count, v);
     const float most = neighbours_max<Wide>(magnitude<kValues>(v), lanes);
     if (first >= count) continue;
-    if (threadIdx.x % lanes == 0) absmax[first >> shift] = most;
+    if ((threadIdx.x & (lanes - 1)) == 0) absmax[first >> shift] = most;
     const float scale = reciprocal(most);
     float nan = 0.0f;
     HALFBYTE_UNROLL
@@ -137,8 +137,9 @@ __global__ void __launch_bounds__(Wide ? 512 : 256)
       store<kValues>(codes + first, words);
       continue;
     }
-    for (int i = 0; i < count - first; ++i) {
-      codes[first + i] = static_cast<uint8_t>(words.w[i / 4] >> (i % 4 * 8) & 255u);
+    HALFBYTE_UNROLL  // so that `words` stays in registers
+    for (int i = 0; i < kValues; ++i) {
+      if (first + i < count) codes[first + i] = static_cast<uint8_t>(words.w[i / 4] >> (i % 4 * 8) & 255u);
     }
   }
 }
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(256)
   }
   __syncthreads();
   const int64_t blocks = (count + blocksize - 1) / blocksize;
-  const int groups = static_cast<int>(blockDim.x) / kGroup, lane = static_cast<int>(threadIdx.x) % kGroup;
+  const unsigned groups = blockDim.x / kGroup, lane = threadIdx.x % kGroup;
   // The loop's condition is the block's, so that all lanes of a warp shuffle.
   for (int64_t tile = int64_t{blockIdx.x} * groups; tile < blocks; tile += int64_t{gridDim.x} * groups) {
     const int64_t block = tile + threadIdx.x / kGroup;
