@@ -1,8 +1,9 @@
-"""The documented commands: nox -s demo, tests, lint, types, sanitize, docs, bench, build, tables."""
+"""The documented commands: nox -s demo, tests, lint, types, sanitize, triton, docs, bench, build, tables."""
 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import nox
 
@@ -69,6 +70,21 @@ def sanitize(session: nox.Session) -> None:
     # GCC 12 with ASan's detection of returned stack frames faults in aligned AVX-512 accesses to its own locals.
     watch = {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     session.run("build/sanitize/cpu/check/halfbyte_cpu_check", *session.posargs, env=watch, external=True)
+
+
+@nox.session
+@nox.parametrize("version", [nox.param("3.6.0", id="3.6"), nox.param("3.9.0", id="3.9")])
+def triton(session: nox.Session, version: str) -> None:
+    """Run every Triton kernel in the interpreter, and compile it ahead of time for each arch: no GPU is needed."""
+    install(session, "test")
+    session.install(f"triton=={version}", "pytest-xdist")
+    fusion = {"TRITON_DEFAULT_FP_FUSION": "1"}  # 3.9 warns where it is unset
+    session.run("pytest", "-n", "2", "tests/backends/triton", *session.posargs, env=fusion)
+    kit = ["-p", "halfbyte.testing.plugin", "-p", "interpreted", "--backend", "triton_interpreted"]
+    kit += ["--require", "triton_interpreted", "-n", "2", "-q", "-W", "error", "--pyargs", "halfbyte.testing.checks"]
+    interpreter = {**fusion, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path("tests/backends/triton").resolve())}
+    with session.chdir(session.create_tmp()):
+        session.run("pytest", *kit, *session.posargs, env={**interpreter, "OMP_NUM_THREADS": "1"})
 
 
 @nox.session

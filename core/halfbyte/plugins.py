@@ -22,7 +22,7 @@ log = logging.getLogger("halfbyte.plugins")
 GROUP = "halfbyte.backends"
 
 # The built-in backends are plugins like any other; only their place of registration differs.
-BUILTIN = {"cpu": "halfbyte_cpu.plugin"}
+BUILTIN = {"cpu": "halfbyte_cpu.plugin", "triton": "halfbyte_triton.plugin"}
 
 
 @dataclass(frozen=True)
