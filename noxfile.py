@@ -1,4 +1,4 @@
-"""The documented commands: nox -s demo, tests, lint, types, sanitize, cuda, hip, docs, bench, build, tables."""
+"""The documented commands: nox -s demo, tests, lint, types, sanitize, cuda, hip, triton, docs, bench, build, tables."""
 
 from __future__ import annotations
 
@@ -138,6 +138,21 @@ def stand_ins(session: nox.Session, libraries: Path, archs: list[str]) -> Path:
         )
         session.run("llvm-as-19", str(folder / "isa.ll"), "-o", str(made), external=True)
     return folder
+
+
+@nox.session
+@nox.parametrize("version", [nox.param("3.6.0", id="3.6"), nox.param("3.9.0", id="3.9")])
+def triton(session: nox.Session, version: str) -> None:
+    """Run every Triton kernel in the interpreter, and compile it ahead of time for each arch: no GPU is needed."""
+    install(session, "test")
+    session.install(f"triton=={version}", "pytest-xdist")
+    fusion = {"TRITON_DEFAULT_FP_FUSION": "1"}  # 3.9 warns where it is unset
+    session.run("pytest", "-n", "2", "tests/backends/triton", *session.posargs, env=fusion)
+    kit = ["-p", "halfbyte.testing.plugin", "-p", "interpreted", "--backend", "triton_interpreted"]
+    kit += ["--require", "triton_interpreted", "-n", "2", "-q", "-W", "error", "--pyargs", "halfbyte.testing.checks"]
+    interpreter = {**fusion, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path("tests/backends/triton").resolve())}
+    with session.chdir(session.create_tmp()):
+        session.run("pytest", *kit, *session.posargs, env={**interpreter, "OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import config
+from halfbyte import config, plugins
 from halfbyte._runtime import dispatcher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +154,8 @@ def stub_backend() -> Iterator[Callable[..., Any]]:
         plugin = SimpleNamespace(halfbyte_backends=halfbyte.hookimpl(lambda: [stub]))
         for hook, function in (hooks or {}).items():
             setattr(plugin, hook, halfbyte.hookimpl(function))
+        if name in plugins.BUILTIN:  # set aside meanwhile
+            dispatcher.plugins.remove(name)
         added.append(name)
         dispatcher.plugins.add(name, f"{name}-dist 1.0", lambda: plugin)
         dispatcher.forget()
@@ -160,6 +164,8 @@ def stub_backend() -> Iterator[Callable[..., Any]]:
     yield register
     for name in added:
         dispatcher.plugins.remove(name)
+    for name in plugins.BUILTIN.keys() & set(added):
+        dispatcher.plugins.add(name, "halfbyte", functools.partial(importlib.import_module, plugins.BUILTIN[name]))
     dispatcher.forget()
 
 

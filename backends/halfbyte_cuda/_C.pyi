@@ -32,7 +32,6 @@ def dequantize_4bit(
     /,
 ) -> None: ...
 def linear_4bit(
-def linear_4bit_stream(
     x: int,
     dtype: int,
     packed: int,
@@ -47,8 +46,6 @@ def linear_4bit_stream(
     n: int,
     k: int,
     y: int,
-    tiles: int,
-    depth: int,
     device: int,
     stream: int,
     /,
@@ -121,6 +118,39 @@ def linear_int8_w8a16(
     dtype: int,
     weight: int,
     weight_absmax: int,
+    bias: int,
+    m: int,
+    n: int,
+    k: int,
+    y: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+# -- csrc/cuda, with sm_90a only ---
+
+def linear_4bit_stream(
+    x: int,
+    dtype: int,
+    packed: int,
+    absmax: int,
+    nested: int,
+    codebook: int,
+    offset: int,
+    format: int,
+    blocksize: int,
+    bias: int,
+    m: int,
+    n: int,
+    k: int,
+    y: int,
+    tiles: int,
+    depth: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def linear_4bit_tile(
     x: int,
     dtype: int,

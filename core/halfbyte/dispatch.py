@@ -21,7 +21,7 @@ from . import probe
 from .backend import Backend
 from .config import AUTO, Chain, Config, parse_chain
 from .decision import Decision, Reasons
-from .errors import BackendUnavailable, ConfigError, HalfbytePerformanceWarning, NoKernel
+from .errors import BackendUnavailable, ConfigError, HalfbytePerformanceWarning, KernelUnusable, NoKernel
 from .kernel import DeviceFacts, Kernel
 from .op import Op
 from .plugins import Plugins
@@ -43,6 +43,7 @@ class Dispatcher:
         self._kernels: dict[str, dict[str, list[Kernel]]] = {}
         self._unloadable: dict[str, Reasons] = {}
         self._plans: dict[str, dict[Any, Callable[..., Any]]] = {}
+        self._refused: dict[tuple[Callable[..., Any], Any], Reasons] = {}
         self._warned: set[tuple[str, str]] = set()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
@@ -62,13 +63,28 @@ class Dispatcher:
             check(*args)
             facts = facts_of(*args)  # perhaps a plain tuple: equal to the Facts that it makes, and cheaper
             chain = override() or self.process_chain
-            try:
-                function = plan[chain, facts]
-            except KeyError:
-                function = self._planned(op, op.Facts(*facts), chain, plan)
-            return function(*args)
+            while True:
+                try:
+                    function = plan[chain, facts]
+                except KeyError:
+                    function = self._planned(op, op.Facts(*facts), chain, plan)
+                try:
+                    return function(*args)
+                except KernelUnusable as error:
+                    self._refuse(op, op.Facts(*facts), function, error)
 
         return call
+
+    def _refuse(self, op: Op, facts: Any, function: Callable[..., Any], error: KernelUnusable) -> None:
+        """Keep a reason that only a kernel's first call could find, and drop the plans that it overturns."""
+        plan = self._plans[op.name]
+        with self._lock:
+            first = (function, facts) not in self._refused
+            self._refused[function, facts] = (str(error),)
+            for key in [key for key, planned in plan.items() if planned is function and key[1] == facts]:
+                del plan[key]
+        if first:
+            log.warning("a kernel for %s is not used for %s: %s", op.name, facts, error)
 
     def _planned(self, op: Op, facts: Any, chain: Chain | None, plan: dict[Any, Any]) -> Callable[..., Any]:
         decision = self.decide(op, facts, chain)
@@ -150,7 +166,7 @@ class Dispatcher:
             return None, (f"has no kernel for {op.name}",)
         against: dict[str, list[str]] = {}
         for kernel in kernels:
-            reasons = answer(kernel.why_not, facts, device)
+            reasons = answer(kernel.why_not, facts, device) or self._refused.get((kernel.function, facts), ())
             if not reasons:
                 return kernel, ()
             for reason in reasons:
@@ -281,6 +297,7 @@ class Dispatcher:
                 plan.clear()
             self._kernels.clear()
             self._unloadable.clear()
+            self._refused.clear()
             self._warned.clear()
 
 

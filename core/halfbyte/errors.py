@@ -32,6 +32,14 @@ class BackendUnavailable(HalfbyteError, RuntimeError):
     """A backend that was asked for by name cannot run on this machine."""
 
 
+class KernelUnusable(HalfbyteError, RuntimeError):
+    """A kernel raises it where, against what its limits say, it cannot run here; nothing has been written.
+
+    The dispatcher keeps the sentence as a reason against that kernel and picks again: for a compiler that runs at
+    the first call.
+    """
+
+
 class PluginError(HalfbyteError, RuntimeError):
     """A plugin broke the contract of the hooks and was quarantined."""
 

@@ -26,6 +26,7 @@ BUILTIN = {
     "cpu": "halfbyte_cpu.plugin",
     "cuda": "halfbyte_cuda.plugin",
     "rocm": "halfbyte_rocm.plugin",
+    "triton": "halfbyte_triton.plugin",
 }
 
 

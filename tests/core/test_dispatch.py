@@ -593,6 +593,57 @@ def test_plan_that_failed_is_tried_again(stub_backend):
 # -- explain and active --------------------------------------------------------------------------------------
 
 
+def refusing(calls, when=lambda *args: True):
+    """A kernel for dequantize_4bit that can tell only when it is called that it cannot run."""
+
+    def kernel(*args):
+        calls.append(args[6])
+        if when(*args):
+            raise halfbyte.KernelUnusable("does not compile")
+        return fourbit.dequantize_4bit(*args)
+
+    return Kernel("dequantize_4bit", kernel)
+
+
+def test_kernel_that_turns_out_unusable_is_called_once_and_the_next_one_runs(stub_backend, caplog):
+    calls = []
+    stub_backend("acme", kernels=[refusing(calls)])
+    packed, state = quantized()
+
+    with caplog.at_level("WARNING", "halfbyte.dispatch"):
+        for _ in range(3):
+            assert torch.equal(F.dequantize_4bit(packed, state), torch.ones(256))
+
+    assert calls == [64]
+    assert [record.message for record in caplog.records if "does not compile" in record.message] != []
+    assert len(caplog.records) == 1
+    assert dict(explain().tried)["acme"] == ("does not compile",)
+
+
+def test_unusable_kernel_of_a_forced_backend_is_an_error_with_its_reason(stub_backend):
+    calls = []
+    stub_backend("acme", kernels=[refusing(calls)])
+    packed, state = quantized()
+
+    with halfbyte.use_backend("acme"):
+        for _ in range(2):
+            with pytest.raises(halfbyte.NoKernel) as caught:
+                F.dequantize_4bit(packed, state)
+            assert caught.value.tried == (("acme", ("does not compile",)),)
+
+    assert len(calls) == 1
+
+
+def test_kernel_unusable_in_one_situation_runs_in_the_others(stub_backend):
+    calls = []
+    stub_backend("acme", kernels=[refusing(calls, lambda *args: args[6] == 64)])
+    packed, state = quantized()
+    F.dequantize_4bit(packed, state)
+
+    assert explain().backend != "acme"
+    assert explain(blocksize=128).backend == "acme"
+
+
 def test_explain_takes_the_arguments_of_the_op(stub_backend):
     stub_backend("acme")
     packed, state = quantized()

@@ -1,0 +1,301 @@
+"""4-bit block-wise quantization: fp32, fp16 or bf16 <-> packed codes and one absmax per block.
+
+Layout    byte i holds codes 2i (high nibble) and 2i + 1 (low nibble); absmax[b] scales codes b * blocksize ... .
+Work      a program takes TILE elements, a multiple of the block size; threads of one warp share a block.
+Limits    block sizes that are powers of two; sizes up to 2^62.
+Bound by  memory; quantizing is close to the instruction rate, so codes are found in a few operations (see _encode).
+Agrees    bit for bit with the reference: IEEE reciprocal, one product per value, rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte import formats
+
+from .launch import cdiv, config, launch
+
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+# 1.5 * 2^23: a float32 below 2^22 added to it is rounded to an integer, in the low bits.
+MAGIC: tl.constexpr = tl.constexpr(12582912.0)
+
+
+# -- shared pieces -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to dtype, to the nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # which cuts bits off (triton 3.6 to 3.9)
+        bits = x.to(tl.int32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, even, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def widened(x):
+    """float32 of any float."""
+    if INTERPRETED and x.dtype == tl.bfloat16:  # whose subnormals it gets wrong
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def or_zero(x):
+    """x, and 0 where it is NaN or negative."""
+    if INTERPRETED:  # whose maximum spreads NaN
+        return tl.where(x > 0, x, 0.0)
+    return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def block_absmax(x):
+    """The largest magnitude of each row, NaN left out."""
+    magnitude = tl.abs(x)
+    if INTERPRETED:
+        magnitude = tl.where(magnitude >= 0, magnitude, 0.0)
+    return or_zero(tl.max(magnitude, axis=1))
+
+
+@triton.jit
+def reciprocal(absmax):
+    """1 / absmax; NaN where that overflows, so that every code becomes 0."""
+    r = tl.div_rn(1.0, absmax)
+    return tl.where(r == float("inf"), float("nan"), r)
+
+
+@triton.jit
+def load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, block, mask, NESTED: tl.constexpr):
+    """The float32 absmax of blocks, decoded where it is nested: product and sum are each rounded."""
+    if NESTED:
+        code = tl.load(absmax_ptr + block, mask=mask).to(tl.int32)  # a byte: inside the codebook, masked or not
+        scale = tl.load(nested_ptr + block // 256, mask=mask)
+        return tl.load(codebook_ptr + code) * scale + tl.load(offset_ptr)
+    else:
+        return tl.load(absmax_ptr + block, mask=mask)
+
+
+# -- quantize ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _encode_nf4(s, table_ptr):
+    """Codes of scaled values; a value on a threshold belongs below it, NaN gets 0.
+
+    A cubic through the thresholds' numbers finds the nearest one, k: it is off by at most 0.27 between thresholds,
+    and 0.5 would do (tests/backends/triton/test_triton_tables.py).  One comparison with the threshold itself, which a
+    shuffle or shared memory serves, then decides between codes k and k + 1.
+    """
+    near = ((-4.42463185 * s + 0.64410488) * s + 11.41405378) * s + 6.62003184
+    k = (or_zero(near) + MAGIC).to(tl.int32, bitcast=True) & 15
+    threshold = tl.load(table_ptr + tl.arange(0, 16))
+    return k + (s > tl.gather(threshold, k, 0)).to(tl.int32)
+
+
+@triton.jit
+def _encode_fp4(s, table_ptr):
+    """As above, by bisection over the seven thresholds of the magnitude; code 8 and up is negative."""
+    size = tl.abs(s)
+    t0 = tl.load(table_ptr)
+    t1 = tl.load(table_ptr + 1)
+    t2 = tl.load(table_ptr + 2)
+    t3 = tl.load(table_ptr + 3)
+    t4 = tl.load(table_ptr + 4)
+    t5 = tl.load(table_ptr + 5)
+    t6 = tl.load(table_ptr + 6)
+    high = size > t3
+    middle = size > tl.where(high, t5, t1)
+    last = tl.where(high, tl.where(middle, t6, t4), tl.where(middle, t2, t0))
+    interval = high.to(tl.int32) * 4 + middle.to(tl.int32) * 2 + (size > last).to(tl.int32)
+    code = (0x32547610 >> (interval * 4)) & 7
+    return code + (s < 0).to(tl.int32) * 8
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr,
+    table_ptr,
+    packed_ptr,
+    absmax_ptr,
+    n,
+    BLOCKS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    FP4: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    TILE: tl.constexpr = BLOCKS * BLOCKSIZE
+    program = tl.program_id(0).to(tl.int64)
+    left = tl.minimum(n - program * TILE, TILE).to(tl.int32)
+    at = tl.arange(0, BLOCKS)[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    if WHOLE:
+        x = widened(tl.load(x_ptr + program * TILE + at))
+    else:
+        x = widened(tl.load(x_ptr + program * TILE + at, mask=at < left, other=0.0))
+    absmax = block_absmax(x)
+    s = tl.reshape(x * reciprocal(absmax)[:, None], [TILE])
+    if FP4:
+        code = _encode_fp4(s, table_ptr)
+        blank = 0
+    else:
+        code = _encode_nf4(s, table_ptr)
+        blank = 7
+    if not WHOLE:  # an odd count is filled up with the code of 0.0
+        code = tl.where(tl.arange(0, TILE) < left, code, blank)
+    high, low = tl.split(tl.reshape(code, [TILE // 2, 2]))
+    byte = ((high << 4) + low).to(tl.uint8)
+    place = tl.arange(0, TILE // 2)
+    block = tl.arange(0, BLOCKS)
+    if WHOLE:
+        tl.store(packed_ptr + program * (TILE // 2) + place, byte)
+        tl.store(absmax_ptr + program * BLOCKS + block, absmax)
+    else:
+        tl.store(packed_ptr + program * (TILE // 2) + place, byte, mask=place < (left + 1) // 2)
+        tl.store(absmax_ptr + program * BLOCKS + block, absmax, mask=block * BLOCKSIZE < left)
+
+
+def quantize_4bit(x: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    n = x.numel()
+    packed = x.new_empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = x.new_empty(cdiv(n, blocksize), dtype=torch.float32)
+    if n:
+        tuned = config("quantize_4bit", width(x.dtype), x.device)
+        tile = max(tuned["TILE"], blocksize)
+        launch(
+            quantize_kernel,
+            (cdiv(n, tile),),
+            x.device,
+            x,
+            thresholds(format, x.device),
+            packed,
+            absmax,
+            n,
+            BLOCKS=tile // blocksize,
+            BLOCKSIZE=blocksize,
+            FP4=formats.FORMATS[format].sign_bit,
+            WHOLE=n % tile == 0,
+            num_warps=warps(tuned, tile),
+        )
+    return packed, absmax
+
+
+@functools.cache
+def thresholds(format: str, device: torch.device) -> Tensor:
+    """The thresholds of a format, filled up to sixteen."""
+    values = formats.table("thresholds", format, device)
+    return torch.nn.functional.pad(values, (0, 16 - values.numel()), value=math.inf)
+
+
+def width(dtype: torch.dtype) -> str:
+    """Bytes per element, which decide how much one thread should take."""
+    return str(dtype.itemsize)
+
+
+def warps(tuned: Any, tile: int) -> int:
+    """The tuned number, more where a block is larger than the tile that it was found for."""
+    more: int = tuned["num_warps"] * max(tile // tuned["TILE"], 1)
+    return min(more, 8)
+
+
+# -- dequantize ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dequantize_kernel(
+    packed_ptr,
+    absmax_ptr,
+    nested_ptr,
+    codebook_ptr,
+    offset_ptr,
+    levels_ptr,
+    out_ptr,
+    n,
+    BLOCKS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    STEPS: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    # A step is small, so that a thread reads as many bytes as become one 16-byte store; steps overlap.
+    TILE: tl.constexpr = BLOCKS * BLOCKSIZE
+    HALF: tl.constexpr = BLOCKSIZE // 2
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    place = tl.arange(0, BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    for step in tl.static_range(STEPS):
+        tile = tl.program_id(0).to(tl.int64) * STEPS + step
+        left = tl.minimum(n - tile * TILE, TILE).to(tl.int32)  # below 0 for a step beyond the end
+        if WHOLE:
+            byte = tl.load(packed_ptr + tile * (TILE // 2) + place).to(tl.int32)
+        else:
+            byte = tl.load(packed_ptr + tile * (TILE // 2) + place, mask=place * 2 < left, other=0).to(tl.int32)
+        block = tl.arange(0, BLOCKS)
+        inside = None if WHOLE else block * BLOCKSIZE < left
+        absmax = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, tile * BLOCKS + block, inside, NESTED)
+        byte = tl.reshape(byte, [TILE // 2])
+        high = tl.reshape(tl.gather(levels, byte >> 4, 0), [BLOCKS, HALF]) * absmax[:, None]
+        low = tl.reshape(tl.gather(levels, byte & 15, 0), [BLOCKS, HALF]) * absmax[:, None]
+        values = rounded(tl.reshape(tl.join(high, low), [TILE]), out_ptr.dtype.element_ty)
+        at = tl.arange(0, TILE)
+        if WHOLE:
+            tl.store(out_ptr + tile * TILE + at, values)
+        else:
+            tl.store(out_ptr + tile * TILE + at, values, mask=at < left)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    out = packed.new_empty(shape, dtype=dtype)
+    n = out.numel()
+    if n:
+        packed, scales = packed.contiguous(), contiguous_scales(absmax, nested_absmax, nested_codebook, offset)
+        tuned = config("dequantize_4bit", width(dtype), packed.device)
+        tile = max(tuned["TILE"], blocksize)
+        steps = max(tuned["STEPS"] * tuned["TILE"] // tile, 1)
+        launch(
+            dequantize_kernel,
+            (cdiv(n, tile * steps),),
+            packed.device,
+            packed,
+            *scales,
+            formats.levels(format, packed.device),
+            out,
+            n,
+            BLOCKS=tile // blocksize,
+            BLOCKSIZE=blocksize,
+            STEPS=steps,
+            NESTED=nested_absmax is not None,
+            WHOLE=n % (tile * steps) == 0,
+            num_warps=tuned["num_warps"],
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+def contiguous_scales(
+    absmax: Tensor, nested_absmax: Tensor | None, nested_codebook: Tensor | None, offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """absmax, nested_absmax, nested_codebook, offset for a kernel: absmax again for those that are not there."""
+    absmax = absmax.contiguous()
+    if nested_absmax is None or nested_codebook is None or offset is None:
+        return absmax, absmax, absmax, absmax
+    return absmax, nested_absmax.contiguous(), nested_codebook.contiguous(), offset

@@ -1,0 +1,247 @@
+"""The linear layer over a 4-bit weight: y = x @ dequantized weight^T + bias, and its gradient for x.
+
+Layout    row n of the weight is K/2 bytes of the packed tensor; a block of `blocksize` values shares one absmax.
+Work      a program takes BM rows of x and BN of the weight over a share of K, and computes the transposed product:
+          the weight, decoded in registers, is the operand of which matrix units take 64 rows (wgmma) or 16 (mma,
+          mfma, wmma), so that one row of x wastes little.  Shares of K are summed by a second kernel, in order.
+Scales    SUM: a dot covers values of one block, its float32 result is multiplied by their absmax: nothing but
+          the levels is rounded to x's dtype.  Otherwise the weight itself is scaled and rounded, as in the reference.
+Limits    K a multiple of the block size or of 64, whichever is less; other shapes, and many rows, are dequantized and
+          multiplied by torch.
+Bound by  memory for few rows, decoding and matrix units for many.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte import formats
+
+from . import decode
+from .fourbit import INTERPRETED, contiguous_scales, dequantize_4bit, load_absmax, rounded, widened
+from .launch import Config, cdiv, config, is_nvidia, launch, power_of_2, processors
+
+
+@triton.jit
+def product(a, b, acc):
+    """acc + a @ b in float32."""
+    if INTERPRETED:  # whose bfloat16 dot multiplies bit patterns (triton issue 11584)
+        return tl.dot(widened(a), widened(b), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _weight(byte, levels_ptr, ROWS: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr, dtype: tl.constexpr):
+    """Levels, in dtype, of packed bytes (ROWS, HALF): (ROWS, 2 * HALF)."""
+    if ASSEMBLY != "":
+        pair = tl.inline_asm_elementwise(ASSEMBLY, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4)
+        high = (pair & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+        low = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    else:
+        levels = tl.load(levels_ptr + tl.arange(0, 16))
+        code = tl.reshape(byte.to(tl.int32), [ROWS * HALF])
+        high = rounded(tl.reshape(tl.gather(levels, code >> 4, 0), [ROWS, HALF]), dtype)
+        low = rounded(tl.reshape(tl.gather(levels, code & 15, 0), [ROWS, HALF]), dtype)
+    return tl.reshape(tl.join(high, low), [ROWS, 2 * HALF])
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    packed_ptr,
+    absmax_ptr,
+    nested_ptr,
+    codebook_ptr,
+    offset_ptr,
+    levels_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SUM: tl.constexpr,
+    NESTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    HALF: tl.constexpr = CHUNK // 2
+    SHARE: tl.constexpr = STEPS * CHUNKS * CHUNK
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    share = tl.program_id(2)
+    # Rows beyond the end read the last one and are not stored.
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    w_ptrs = packed_ptr + (row * (K // 2) + share * (SHARE // 2))[:, None] + tl.arange(0, HALF)[None, :]
+    x_rows = tl.minimum(m, M - 1).to(tl.int64) * K + share * SHARE
+    x_ptrs = x_ptr + x_rows[None, :] + tl.arange(0, CHUNK)[:, None]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        for chunk in tl.static_range(CHUNKS):
+            at = step * CHUNKS + chunk
+            byte = tl.load(w_ptrs + at * HALF)
+            x = tl.load(x_ptrs + at * CHUNK)
+            k = share * SHARE + at * CHUNK
+            if K % BLOCKSIZE == 0:
+                block = row * (K // BLOCKSIZE) + k // BLOCKSIZE
+            else:
+                block = (row * K + k) // BLOCKSIZE
+            absmax = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, block, None, NESTED)
+            w = _weight(byte, levels_ptr, BN, HALF, ASSEMBLY, dtype if SUM or ASSEMBLY != "" else tl.float32)
+            if SUM:
+                acc += product(w, x, tl.zeros([BN, BM], tl.float32)) * absmax[:, None]
+            else:
+                acc = product(rounded(widened(w) * absmax[:, None], dtype), x, acc)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    if BIAS:
+        acc += widened(tl.load(bias_ptr + n, mask=n < N, other=0.0))[:, None]
+    # Tile by tile, so that places within one need 32 bits only.
+    first = (share.to(tl.int64) * M + tl.program_id(1) * BM) * N + tl.program_id(0) * BN
+    place = tl.arange(0, BM)[None, :] * N + tl.arange(0, BN)[:, None]
+    tl.store(out_ptr + first + place, rounded(acc, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def reduce_kernel(part_ptr, bias_ptr, out_ptr, count, N, SHARES: tl.constexpr, TILE: tl.constexpr, BIAS: tl.constexpr):
+    """The sum over the first dimension of (SHARES, M, N), in order, plus bias."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = at < count
+    total = tl.load(part_ptr + at, mask=inside, other=0.0)
+    for share in tl.static_range(1, SHARES):
+        total += tl.load(part_ptr + share * count + at, mask=inside, other=0.0)
+    if BIAS:
+        total += widened(tl.load(bias_ptr + at % N, mask=inside, other=0.0))
+    tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty), mask=inside)
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    blocksize: int,
+    out_features: int,
+) -> Tensor:
+    k = x.shape[-1]
+    m = math.prod(x.shape[:-1])
+    n = out_features
+    if not (m and n):
+        return x.new_empty((*x.shape[:-1], n))
+    tuned = config("linear_4bit", bucket(m, x.dtype), x.device)
+    chunk = min(blocksize, tuned.get("CHUNK", 0))  # values of K that one dot covers
+    nested = (nested_absmax, nested_codebook, offset)
+    if not chunk or not k or k % chunk:
+        weight = dequantize_4bit(packed, absmax, *nested, format, blocksize, (n, k), x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    x, packed, scales = x.contiguous(), packed.contiguous(), contiguous_scales(absmax, *nested)
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    bm, bn = tuned["BM"], min(tuned["BN"], max(power_of_2(n), 16))
+    chunks = chunks_of(k // chunk, tuned["CHUNKS"])
+    steps = k // chunk // chunks
+    shares = shares_of(steps, cdiv(n, bn) * cdiv(m, bm), tuned, x.device)
+    out = y if shares == 1 else x.new_empty((shares, m, n), dtype=torch.float32)
+    launch(
+        linear_kernel,
+        (cdiv(n, bn), cdiv(m, bm), shares),
+        x.device,
+        x,
+        packed,
+        *scales,
+        formats.levels(format, x.device),
+        x if bias is None else bias,
+        out,
+        m,
+        n,
+        K=k,
+        BLOCKSIZE=blocksize,
+        BM=bm,
+        BN=bn,
+        CHUNK=chunk,
+        CHUNKS=chunks,
+        STEPS=steps // shares,
+        STAGES=tuned["num_stages"],
+        SUM=bool(tuned["SUM"]),
+        NESTED=nested_absmax is not None,
+        BIAS=bias is not None and shares == 1,
+        ASSEMBLY=decode.assembly(format, x.dtype) if is_nvidia(x.device) and x.dtype.itemsize == 2 else "",
+        num_warps=tuned["num_warps"],
+    )
+    if shares > 1:
+        sum_shares(out, bias, y)
+    return y
+
+
+def bucket(m: int, dtype: torch.dtype) -> str:
+    """Rows of x, up to the next power of two from 16 on."""
+    rows = min(max(power_of_2(m), 16), 1024)
+    return f"float32/{rows}" if dtype is torch.float32 else str(rows)
+
+
+def chunks_of(steps: int, wanted: int) -> int:
+    """How many chunks of K a step takes: a divisor of their number."""
+    while steps % wanted:
+        wanted -= 1
+    return wanted
+
+
+def shares_of(steps: int, tiles: int, tuned: Config, device: torch.device) -> int:
+    """Into how many shares K is cut to fill the GPU: a divisor of the number of steps.
+
+    tiles   programs without a division
+    """
+    wanted = max(tuned["PROGRAMS"] * processors(device) // tiles, 1)
+    return chunks_of(steps, min(wanted, steps, 64))
+
+
+def sum_shares(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    count = y.numel()
+    tile = 1024 if count > 2**17 else 256
+    launch(
+        reduce_kernel,
+        (cdiv(count, tile),),
+        y.device,
+        parts,
+        y if bias is None else bias,
+        y,
+        count,
+        y.shape[-1],
+        SHARES=parts.shape[0],
+        TILE=tile,
+        BIAS=bias is not None,
+        num_warps=4,
+    )
+
+
+def linear_4bit_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    """The weight is dequantized once and multiplied by torch: training has many rows, where decoding is hidden."""
+    rest: Any = (format, blocksize, (dy.shape[-1], in_features), dy.dtype)
+    return dy @ dequantize_4bit(packed, absmax, nested_absmax, nested_codebook, offset, *rest)

@@ -1,0 +1,128 @@
+"""Every kernel compiles ahead of time for every arch, and products use the matrix units."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import compiled
+
+from halfbyte import formats
+from halfbyte_triton import eightbit, fourbit, int8, linear4bit
+
+CPU = torch.device("cpu")
+BOOK = formats.codebook("dynamic", CPU)
+UNSIGNED = formats.codebook("dynamic_unsigned", CPU)
+
+# What a product of that arch must contain; tcgen05 is what newer Tritons use on sm_100.
+MATRIX = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"mma\.sync|tcgen05\.mma",
+    "gfx90a": r"v_mfma",
+    "gfx942": r"v_mfma",
+    "gfx1100": r"v_wmma",
+    "gfx1201": r"v_wmma",
+}
+
+
+def x(m, k=4096, dtype=torch.bfloat16):
+    return torch.zeros(m, k, dtype=dtype)
+
+
+def weight(n=128, k=4096, nested=False, blocksize=64):
+    packed, blocks = torch.zeros(n * k // 2, dtype=torch.uint8), n * k // blocksize
+    if not nested:
+        return packed, torch.zeros(blocks), None, None, None
+    return packed, torch.zeros(blocks, dtype=torch.uint8), torch.zeros(blocks // 256), BOOK, torch.zeros(())
+
+
+def linear(m, dtype=torch.bfloat16, format="nf4", blocksize=64, nested=False, bias=None):
+    args = (*weight(nested=nested, blocksize=blocksize), bias, format, blocksize, 128)
+    return linear4bit.linear_4bit, x(m, dtype=dtype), *args
+
+
+PRODUCTS = {
+    "linear_4bit-1": linear(1),
+    "linear_4bit-16-float16-fp4-nested": linear(16, torch.float16, "fp4", nested=True),
+    "linear_4bit-64": linear(64),
+    "linear_4bit-200": linear(200, bias=torch.zeros(128, dtype=torch.bfloat16)),
+    "matmul_int8-100": (int8.matmul_int8, x(100, dtype=torch.int8), x(128, dtype=torch.int8)),
+    "linear_int8-16": (int8.linear_int8, x(16), x(128, dtype=torch.int8), torch.zeros(128), None, 0.0, "exact"),
+    "linear_int8-300-outliers": (
+        int8.linear_int8,
+        x(300),
+        x(128, dtype=torch.int8),
+        torch.zeros(128),
+        None,
+        6.0,
+        "exact",
+    ),
+    "linear_int8-1-w8a16": (int8.linear_int8, x(1), x(128, dtype=torch.int8), torch.zeros(128), None, 0.0, "w8a16"),
+}
+OTHERS = {
+    "quantize_4bit-nf4": (fourbit.quantize_4bit, x(64), "nf4", 64),
+    "quantize_4bit-fp4-tail": (fourbit.quantize_4bit, x(1, 4077, torch.float32), "fp4", 32),
+    "dequantize_4bit": (fourbit.dequantize_4bit, *weight(), "nf4", 64, (128, 4096), torch.bfloat16),
+    "dequantize_4bit-nested": (fourbit.dequantize_4bit, *weight(nested=True), "fp4", 64, (128, 4096), torch.float32),
+    "linear_4bit-float32": linear(3, torch.float32),
+    "quantize_8bit": (eightbit.quantize_8bit, x(64), BOOK, 256),
+    "quantize_8bit-unsigned": (eightbit.quantize_8bit, x(64, dtype=torch.float32), UNSIGNED, 256),
+    "quantize_8bit-other": (eightbit.quantize_8bit, x(64, dtype=torch.float16), BOOK.clone(), 100),
+    "dequantize_8bit": (
+        eightbit.dequantize_8bit,
+        x(64, dtype=torch.uint8),
+        x(64, 16, torch.float32),
+        BOOK,
+        256,
+        torch.half,
+    ),
+    "quantize_int8_rows": (int8.quantize_int8_rows, x(8), 0.0),
+    "quantize_int8_rows-outliers": (int8.quantize_int8_rows, x(8, 20000), 6.0),
+    "dequantize_int8": (
+        int8.dequantize_int8,
+        x(8, dtype=torch.int32),
+        torch.zeros(8),
+        torch.zeros(4096),
+        None,
+        torch.half,
+    ),
+    "linear_int8-float32-w8a16": (
+        int8.linear_int8,
+        x(1, 64, torch.float32),
+        x(8, 64, torch.int8),
+        torch.zeros(8),
+        None,
+        0.0,
+        "w8a16",
+    ),
+}
+
+
+def code(arch, call):
+    """The assembly of every launch of a call."""
+    found = compiled.launches(arch, *call)
+    assert found
+    return [compiled.compile(launch, arch) for launch in found]
+
+
+@pytest.mark.parametrize("arch", compiled.TARGETS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product_compiles_to_matrix_instructions(name, arch):
+    texts = [one.get("ptx") or one["amdgcn"] for one in code(arch, PRODUCTS[name])]
+
+    assert any(re.search(MATRIX[arch], text) for text in texts), f"no {MATRIX[arch]} in {name} for {arch}"
+
+
+@pytest.mark.parametrize("arch", compiled.TARGETS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_kernel_compiles(name, arch):
+    for one in code(arch, OTHERS[name]):
+        assert one.get("cubin") or one.get("hsaco")
