@@ -170,7 +170,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if case is not None and call.when == "setup":
         facts = case.facts._asdict()
         row = Row(case.op.name, show(facts.get("dtype", "")), str(facts.get("blocksize", "")), case.kernel.variant)
-        item.user_properties.append(("halfbyte", row))
+        item.user_properties.append(("halfbyte", tuple(row)))  # plain: pytest-xdist sends it between processes
     return (yield)
 
 
