@@ -1,0 +1,3 @@
+from .adamw import AdamW8bit
+
+__all__ = ["AdamW8bit"]
