@@ -233,6 +233,22 @@ def test_interpreter_without_site_is_not_reached(run):
     assert run(code, "-S", HALFBYTE_BITSANDBYTES="1") == "[]\n"
 
 
+def test_console_script_runs_a_script_and_its_children(installed, lent, tmp_path):
+    child = "import bitsandbytes, sys; print('child', bitsandbytes.__halfbyte_version__, flush=True); sys.exit(4)"
+    (tmp_path / "train.py").write_text(
+        "import subprocess, sys\nprint('torch' in sys.modules, sys.argv[1:], flush=True)\n"
+        + WHO.replace(")\n", ", flush=True)\n")
+        + f"sys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode)\n"
+    )
+    halfbyte = installed.python.with_name("halfbyte.exe" if os.name == "nt" else "halfbyte")
+    path = {"PYTHONPATH": str(lent[0])} if lent else {}
+
+    done = call(halfbyte, "run", "train.py", "--help", "-m", cwd=tmp_path, check=False, **path)
+
+    assert done.stdout == f"False ['--help', '-m']\n{HALFBYTE}child {VERSION}\n", done.stderr
+    assert done.returncode == 4
+
+
 def test_doctor_of_the_environment_names_the_variable(installed, tmp_path):
     halfbyte = installed.python.with_name("halfbyte.exe" if os.name == "nt" else "halfbyte")
 
