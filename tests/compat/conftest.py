@@ -1,8 +1,12 @@
-"""Fresh interpreters with the drop-in, beside a bitsandbytes that is not halfbyte, or beside none."""
+"""Fresh interpreters with the drop-in, beside a bitsandbytes that is not halfbyte or beside none; the real one as oracle."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import pickle
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +14,8 @@ from typing import Any
 
 import pytest
 
-import halfbyte
-
 HERE = Path(__file__).resolve().parent
-PLACEHOLDER = HERE / "placeholder"
-SURFACE = Path(halfbyte.__file__).parent / "compat/bitsandbytes/surface.py"
+VERSION = "0.50.2"  # the compatibility target
 
 # Before anything else: no bitsandbytes is installed, whether or not one is.
 HIDDEN = """
@@ -37,12 +38,6 @@ hide(PathFinder.find_spec, PathFinder.find_distributions)
 def hidden() -> str:
     """Code that hides an installed bitsandbytes."""
     return HIDDEN
-
-
-@pytest.fixture(scope="session")
-def lent() -> tuple[Path, ...]:
-    """What must stand on the path of an interpreter that imports bitsandbytes."""
-    return () if SURFACE.exists() else (PLACEHOLDER,)
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +67,79 @@ def installed(request: pytest.FixtureRequest, foreign: Path) -> tuple[str, tuple
 
 
 @pytest.fixture(scope="session")
-def activated(python: Callable[..., Any], lent: tuple[Path, ...]) -> Callable[..., Any]:
+def activated(python: Callable[..., Any]) -> Callable[..., Any]:
     """`activated(code, first=hidden, path=(folder,))`: code in a fresh interpreter, after halfbyte_boot.activate()."""
 
     def run(code: str, *, first: str = "", path: tuple[Path, ...] = (), **options: Any) -> Any:
         begin = f"{first}\nimport halfbyte_boot\nhalfbyte_boot.activate()\n"
-        return python(begin + textwrap.dedent(code), path=(*lent, *path), **options)
+        return python(begin + textwrap.dedent(code), path=path, **options)
+
+    return run
+
+
+# -- the real one, and scripts on the drop-in ----------------------------------------------------------------
+
+
+class Oracle:
+    """`oracle.call("quantize_4bit", (x,))`: the answer of bitsandbytes."""
+
+    def __init__(self):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("HALFBYTE_", "BNB_"))}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "bnb_oracle.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**clean, "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+    def __getattr__(self, name):
+        if name.startswith("_"):  # hypothesis and pytest look for hooks of their own
+            raise AttributeError(name)
+
+        def ask(*args, **kwargs):
+            pickle.dump((name, args, kwargs), self.process.stdin)
+            self.process.stdin.flush()
+            good, answer = pickle.load(self.process.stdout)
+            if not good:
+                raise RuntimeError(f"bitsandbytes raised in {name}:\n{answer}")
+            return answer
+
+        return ask
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    try:
+        found = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("bitsandbytes is not installed")
+    if found != VERSION:
+        pytest.skip(f"bitsandbytes is {found}, the compatibility target is {VERSION}")
+    oracle = Oracle()
+    yield oracle
+    oracle.process.stdin.close()
+    oracle.process.stdout.close()
+    oracle.process.wait(timeout=30)
+
+
+@pytest.fixture
+def served(tmp_path):
+    """`served(code)`: run code in a fresh interpreter in which `bitsandbytes` is halfbyte; what it printed."""
+
+    def run(code, check=True):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("HALFBYTE_", "BNB_"))}
+        paths = [one for one in sys.path if one]
+        done = subprocess.run(
+            [sys.executable, "-c", "import halfbyte.compat.bitsandbytes\n" + textwrap.dedent(code)],
+            env={**clean, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr[-4000:]
+        return done
 
     return run
