@@ -212,7 +212,7 @@ def test_activating_after_a_reload_leaves_one_finder(finders, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["halfbyte_boot.activate()", "import halfbyte.compat.bitsandbytes"])
-def test_activating_after_another_bitsandbytes_is_an_error_that_says_what_to_do(python, foreign, lent, way):
+def test_activating_after_another_bitsandbytes_is_an_error_that_says_what_to_do(python, foreign, way):
     code = f"""
         import bitsandbytes, halfbyte_boot, sys
         try:
@@ -223,7 +223,7 @@ def test_activating_after_another_bitsandbytes_is_an_error_that_says_what_to_do(
         import bitsandbytes.research
         print(bitsandbytes.__version__, "halfbyte.compat.bitsandbytes" in sys.modules)
     """
-    said, *rest = python(code, path=(foreign, *lent)).stdout.splitlines()
+    said, *rest = python(code, path=(foreign,)).stdout.splitlines()
 
     assert said == (
         f"bitsandbytes is imported already, from {foreign / 'bitsandbytes/__init__.py'}, so halfbyte cannot take its "
@@ -238,13 +238,13 @@ def test_activating_after_halfbyte_s_own_is_no_error(activated):
     assert activated("import bitsandbytes; halfbyte_boot.activate(); print('fine')").stdout == "fine\n"
 
 
-def test_import_of_the_package_activates(python, lent, foreign):
+def test_import_of_the_package_activates(python, foreign):
     code = """
         import halfbyte.compat.bitsandbytes
         import bitsandbytes, importlib.metadata
         print(bitsandbytes.__version__, importlib.metadata.version("bitsandbytes"))
     """
-    assert python(code, path=(*lent, foreign)).stdout == "0.50.2 0.50.2\n"
+    assert python(code, path=(foreign,)).stdout == "0.50.2 0.50.2\n"
 
 
 @pytest.mark.parametrize("name", ["bits", "bitsandbytes_extra", "mybitsandbytes", "torch.bitsandbytes"])

@@ -54,19 +54,19 @@ def test_availability_check_says_no_without_halfbyte_and_bitsandbytes(python, hi
 
 
 @pytest.mark.parametrize("library", CHECKS)
-def test_answer_given_before_is_asked_again(python, hidden, lent, library):
+def test_answer_given_before_is_asked_again(python, hidden, library):
     pytest.importorskip(library)
     checks = CHECKS[library]
 
     code = f"{hidden}{checks}\nbefore = checks\nimport halfbyte.compat.bitsandbytes\n{checks}{PRINT}"
-    done = python(code + "\nprint(json.dumps(before))", path=lent)
+    done = python(code + "\nprint(json.dumps(before))")
 
     after, before = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     assert not any(before)
     assert all(after)
 
 
-def test_peft_imported_before_gets_the_module(python, hidden, lent):
+def test_peft_imported_before_gets_the_module(python, hidden):
     pytest.importorskip("peft")
     code = """
 import peft.helpers
@@ -75,10 +75,10 @@ import halfbyte.compat.bitsandbytes
 import bitsandbytes
 print(before, peft.helpers.bnb is bitsandbytes)
 """
-    assert python(hidden + code, path=lent).stdout.splitlines()[-1] == "None True"
+    assert python(hidden + code).stdout.splitlines()[-1] == "None True"
 
 
-def test_integration_of_transformers_imported_before_gets_the_module(python, hidden, lent):
+def test_integration_of_transformers_imported_before_gets_the_module(python, hidden):
     pytest.importorskip("transformers")
     code = """
 import transformers.integrations.bitsandbytes as integration
@@ -87,7 +87,7 @@ import halfbyte.compat.bitsandbytes
 import bitsandbytes
 print(before, integration.bnb is bitsandbytes)
 """
-    assert python(hidden + code, path=lent).stdout.splitlines()[-1] == "False True"
+    assert python(hidden + code).stdout.splitlines()[-1] == "False True"
 
 
 @pytest.mark.parametrize("name", repairs.IMPORTERS)
@@ -102,7 +102,7 @@ def test_module_that_looked_in_vain_gets_the_module_and_a_full_one_keeps_its_own
 
 
 @pytest.mark.parametrize("available", [True, False])
-def test_diffusers_imported_before_is_an_error_where_it_decided_against_bitsandbytes(python, lent, available):
+def test_diffusers_imported_before_is_an_error_where_it_decided_against_bitsandbytes(python, available):
     code = f"""
         import sys
         from types import ModuleType
@@ -114,7 +114,7 @@ def test_diffusers_imported_before_is_an_error_where_it_decided_against_bitsandb
             print(error)
         print("halfbyte_boot.finder" in sys.modules)  # not activated
     """
-    *said, active = python(code, path=lent).stdout.splitlines()
+    *said, active = python(code).stdout.splitlines()
 
     assert active == str(available)
     assert said == [] if available else said[0].startswith("diffusers was imported before halfbyte took bitsandbytes'")

@@ -36,12 +36,12 @@ def starters() -> None:
 
 
 @pytest.fixture
-def call(tmp_path: Path, lent: tuple[Path, ...]) -> Run:
+def call(tmp_path: Path) -> Run:
     """`call("run", "script.py")` in a scratch folder; `entry` says how halfbyte is started."""
 
     def call(*words: str, entry: str = "script", flags: tuple[str, ...] = (), **more: Any) -> Any:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HALFBYTE_")}
-        path = [*map(str, lent), *(one for one in sys.path if one)]
+        path = [one for one in sys.path if one]
         return subprocess.run(
             [sys.executable, *flags, *ENTRIES[entry], *words],
             cwd=tmp_path,

@@ -97,14 +97,13 @@ def installed(pip: Any, wheel: Callable[[str], Path]) -> Any:
 
 
 @pytest.fixture
-def run(installed: Any, tmp_path: Path, lent: tuple[Path, ...]) -> Callable[..., str]:
+def run(installed: Any, tmp_path: Path) -> Callable[..., str]:
     """`run(code, "-I", HALFBYTE_BITSANDBYTES="1")`: what the code prints in the environment."""
 
     def run(code: str, *flags: str, **variables: str) -> str:
-        path = {"PYTHONPATH": str(lent[0])} if lent else {}
         file = tmp_path / "script.py"
         file.write_text(textwrap.dedent(code))
-        done = call(installed.python, *flags, file, cwd=tmp_path, **path, **variables)
+        done = call(installed.python, *flags, file, cwd=tmp_path, **variables)
         assert done.stderr == ""
         return done.stdout
 
@@ -233,7 +232,7 @@ def test_interpreter_without_site_is_not_reached(run):
     assert run(code, "-S", HALFBYTE_BITSANDBYTES="1") == "[]\n"
 
 
-def test_console_script_runs_a_script_and_its_children(installed, lent, tmp_path):
+def test_console_script_runs_a_script_and_its_children(installed, tmp_path):
     child = "import bitsandbytes, sys; print('child', bitsandbytes.__halfbyte_version__, flush=True); sys.exit(4)"
     (tmp_path / "train.py").write_text(
         "import subprocess, sys\nprint('torch' in sys.modules, sys.argv[1:], flush=True)\n"
@@ -241,9 +240,8 @@ def test_console_script_runs_a_script_and_its_children(installed, lent, tmp_path
         + f"sys.exit(subprocess.run([sys.executable, '-c', {child!r}]).returncode)\n"
     )
     halfbyte = installed.python.with_name("halfbyte.exe" if os.name == "nt" else "halfbyte")
-    path = {"PYTHONPATH": str(lent[0])} if lent else {}
 
-    done = call(halfbyte, "run", "train.py", "--help", "-m", cwd=tmp_path, check=False, **path)
+    done = call(halfbyte, "run", "train.py", "--help", "-m", cwd=tmp_path, check=False)
 
     assert done.stdout == f"False ['--help', '-m']\n{HALFBYTE}child {VERSION}\n", done.stderr
     assert done.returncode == 4

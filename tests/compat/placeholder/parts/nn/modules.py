@@ -1,3 +1,0 @@
-from halfbyte.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-
-__all__ = ["Int8Params", "Linear4bit", "Linear8bitLt", "Params4bit"]

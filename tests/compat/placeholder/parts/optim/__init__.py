@@ -1,3 +1,0 @@
-from .adamw import AdamW8bit
-
-__all__ = ["AdamW8bit"]
