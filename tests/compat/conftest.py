@@ -1,4 +1,4 @@
-"""Fresh interpreters with the drop-in, beside a bitsandbytes that is not halfbyte or beside none; the real one as oracle."""
+"""Fresh interpreters with the drop-in, beside another bitsandbytes or none; and the real one, as the oracle."""
 
 from __future__ import annotations
 
