@@ -25,7 +25,10 @@ import pytest
 import halfbyte_boot
 
 pytest.importorskip("scikit_build_core", reason="builds halfbyte's wheel with scikit-build-core")
-pytest.importorskip("pip", "22.3", reason="installs it with pip --python")
+# By metadata: importing pip, or even importlib.util.find_spec("pip"), makes setuptools' _distutils_hack leave this
+# process with the standard library's distutils, which warns.
+if [one for one in importlib.metadata.distributions(name="pip") if int(one.version.partition(".")[0]) >= 23] == []:
+    pytest.skip("installs the wheel with pip --python, which came with pip 22.3", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTER = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
