@@ -172,3 +172,18 @@ def test_ops_exist_only_when_defined(python):
     )
 
     assert done.stdout.split() == ["[]", "19"]
+
+
+def test_importing_the_surface_is_modest(python):
+    done = python(
+        """
+        import sys
+        import halfbyte.compat.bitsandbytes.surface
+        import torch
+        print([name for name in ("transformers", "peft", "bitsandbytes", "scipy") if name in sys.modules])
+        print(torch.cuda.is_initialized())
+        """
+    )
+
+    assert done.stdout.splitlines() == ["[]", "False"]
+    assert done.stderr == ""
