@@ -23,7 +23,7 @@ NAME = "bitsandbytes"
 SERVED = "halfbyte.compat.bitsandbytes"
 
 # Of halfbyte's package, not of bitsandbytes'.
-HIDDEN = frozenset({f"{SERVED}.surface"})
+HIDDEN = frozenset(f"{SERVED}.{name}" for name in ("surface", "ops", "retired", "optim._served"))
 
 
 def foreign() -> str:

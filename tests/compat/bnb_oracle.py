@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pickle
+import pkgutil
 import sys
 import traceback
 
@@ -37,6 +38,13 @@ def signatures(module):
             made = one.__new__ if "__new__" in vars(one) and "__init__" not in vars(one) else one.__init__
             found[name] = parameters(made)[1:]
     return found
+
+
+def modules():
+    """Its modules, without the parts of those packages that are its inside, and without shared libraries."""
+    inside = ("bitsandbytes.backends.", "bitsandbytes.diagnostics.")
+    every = [one.name for one in pkgutil.walk_packages(bnb.__path__, "bitsandbytes.")]
+    return [one for one in every if not one.startswith((*inside, "bitsandbytes.lib")) and "__main__" not in one]
 
 
 def parameters(function):

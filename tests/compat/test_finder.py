@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import halfbyte_boot
-from halfbyte_boot.finder import Finder
+from halfbyte_boot.finder import HIDDEN, NAME, SERVED, Finder
 
 NO_WARNINGS = ("-W", "error", "-W", "ignore::DeprecationWarning:torch")
 
@@ -114,9 +114,22 @@ def test_part_is_found_in_sys_modules_right_after_the_import(activated):
         import sys
         import bitsandbytes
         print(sys.modules[bitsandbytes.optim.AdamW8bit.__module__].AdamW8bit is bitsandbytes.optim.AdamW8bit)
-        print("bitsandbytes.surface" in sys.modules)
+        from halfbyte_boot.finder import HIDDEN, SERVED
+        assert HIDDEN <= sys.modules.keys()
+        print([one for one in HIDDEN if one.replace(SERVED, "bitsandbytes") in sys.modules])
     """
-    assert activated(code).stdout == "True\nFalse\n"
+    assert activated(code).stdout == "True\n[]\n"
+
+
+@pytest.mark.parametrize("name", sorted(HIDDEN))
+def test_module_of_halfbyte_alone_is_not_found(activated, name):
+    code = f"""
+        try:
+            import {name.replace(SERVED, NAME)}
+        except ModuleNotFoundError as error:
+            print(error.name)
+    """
+    assert activated(code).stdout == name.replace(SERVED, NAME) + "\n"
 
 
 def test_patch_of_one_name_is_seen_under_the_other(activated):

@@ -1,98 +1,19 @@
-"""functional against the real bitsandbytes, within the gates of the formats page; the names and their signatures.
+"""functional against the real bitsandbytes, within the gates of the formats page.
 
 Known differences of bitsandbytes' CPU path are left out by name: zero blocks, the sign of FP4's zero, a partial last
 block (true division), and its 8-bit encoder, a lookup table.
 """
 
-import inspect
-
 import pytest
 import torch
 
-import halfbyte
 from halfbyte.compat.bitsandbytes import functional as F
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MODULES = [
-    "functional",
-    "nn",
-    "nn.modules",
-    "nn.parametrize",
-    "optim",
-    "optim.optimizer",
-    "autograd._functions",
-    "utils",
-]
-
-# bitsandbytes' internals: its shared library, CPU repacking and integer products of CUDA alone.
-NOT_SERVED = {
-    *("CUBLAS_Context", "batched_igemm", "check_matmul", "elementwise_func", "igemm", "GlobalOutlierPooler"),
-    *("execute_and_return", "maybe_rearrange_weight"),
-}
-# Constructed by `apply`; by its own arguments; the base of no other class.
-OTHER_ARGUMENTS = {"MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt", "QuantState", "Optimizer8bit"}
-# Arguments of our own behind theirs.
-OWN = {"dtype", "CxB", "threshold", "has_fp16_weights", "is_training", "use_pool"}
-OWN_OPTIONS = {"fused_clip", "stochastic_rounding", "capturable"}
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def named(module, name):
-    path = f"halfbyte.compat.bitsandbytes.{module}"
-    return getattr(__import__(path, fromlist=[name]), name)
-
-
-def parameters(one):
-    if inspect.isclass(one):
-        made = one.__new__ if "__new__" in vars(one) and "__init__" not in vars(one) else one.__init__
-        skip = 1
-    else:
-        made, skip = one, 0
-    every = list(inspect.signature(made).parameters.values())[skip:]
-    return [
-        (one.name, "" if one.default is one.empty else repr(one.default))
-        for one in every
-        if one.kind is not one.VAR_KEYWORD and one.name not in OWN_OPTIONS
-    ]
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_every_name_is_served_with_its_signature(oracle, module):
-    theirs = oracle.signatures(f"bitsandbytes.{module}")
-
-    assert theirs
-    for name, expected in theirs.items():
-        if name in NOT_SERVED:
-            continue
-        one = named(module, name)
-        if name in OTHER_ARGUMENTS:
-            continue
-        found = parameters(one)
-        plain = [one for one in expected if one[0] != "kwargs"]
-        assert [key for key, _ in found[: len(plain)]] == [key for key, _ in plain], name
-        assert {key for key, _ in found[len(plain) :]} <= OWN, name
-        for (key, default), (_, wanted) in zip(found, plain):
-            if (name, key) in {("from_prequantized", "device"), ("get_instance", "cls")}:
-                continue
-            assert default in (wanted, wanted.replace("<class 'bitsandbytes", "<class 'halfbyte")) or (
-                float(default) == float(wanted)
-            ), (name, key)
-
-
-def test_classes_are_those_of_halfbyte():
-    from halfbyte.compat.bitsandbytes import nn, optim, surface
-
-    for name in halfbyte.nn.__all__:
-        if name != "MatmulLtState":
-            assert getattr(nn, name) is getattr(halfbyte.nn, name)
-    assert surface.MatmulLtState is halfbyte.nn.MatmulLtState
-    assert F.QuantState is halfbyte.QuantState
-    assert optim.GlobalOptimManager is halfbyte.optim.GlobalOptimManager
-    assert surface.features == {"multi_backend"}
-    assert "cpu" in surface.supported_torch_devices
 
 
 # -- 4 bit ---------------------------------------------------------------------------------------------------

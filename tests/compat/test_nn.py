@@ -1,6 +1,7 @@
 """Parametrized parameters, outlier tracing and the helpers of utils."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -256,3 +257,37 @@ def test_replace_linear_replaces_all_but_the_named():
 
 def test_sync_gpu_is_nothing_on_the_host():
     utils.sync_gpu(torch.zeros(1))
+
+
+def test_command_is_run_without_a_shell_and_its_output_comes_back(tmp_path):
+    script = tmp_path / "say it.py"
+    script.write_text("import sys; print(sys.argv[1:]); print('ä;', file=sys.stderr)")
+
+    found = utils.execute_and_return(f'{sys.executable} -X utf8 "{script}" "a b" $HOME ;')
+
+    assert found == ("['a b', '$HOME', ';']", "ä;")
+
+
+@pytest.mark.parametrize("layout", [0, "row", torch.tensor(0, dtype=torch.uint8)])
+def test_layout_of_rows_is_taken_out_of_a_checkpoint(layout):
+    checkpoint = {"a.weight": torch.zeros(2, 4, dtype=torch.int8), "a.weight_format": layout}
+
+    modules.maybe_rearrange_weight(checkpoint, "a.", {}, True, [], [], [])
+
+    assert list(checkpoint) == ["a.weight"]
+
+
+@pytest.mark.parametrize("layout", ["col32", 2, torch.tensor(3)])
+def test_layout_of_columns_is_refused(layout):
+    checkpoint = {"a.weight": torch.zeros(2, 4, dtype=torch.int8), "a.weight_format": layout}
+
+    with pytest.raises(ValueError, match="weight_format must be 0 or 'row'"):
+        modules.maybe_rearrange_weight(checkpoint, "a.", {}, True, [], [], [])
+
+
+def test_checkpoint_without_the_layer_is_left_as_it_is():
+    checkpoint = {"a.weight_format": "col32"}
+
+    modules.maybe_rearrange_weight(checkpoint, "a.", {}, True, [], [], [])
+
+    assert checkpoint == {"a.weight_format": "col32"}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import codebooks, functional
 from ...errors import InputError
 from ...quant_state import QuantState
+from .retired import batched_igemm, check_matmul, elementwise_func, igemm
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "C",
     "GlobalPageManager",
     "QuantState",
+    "batched_igemm",
+    "check_matmul",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
@@ -28,12 +31,14 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "elementwise_func",
     "fill",
     "gemv_4bit",
     "get_4bit_type",
     "get_paged",
     "get_ptr",
     "has_avx512bf16",
+    "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mm_dequant",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ __all__ = [
     "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
     "LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
     "OutlierTracer",
+    "execute_and_return",
     "find_outlier_dims",
     "outlier_hook",
     "pack_dict_to_tensor",
@@ -74,3 +77,9 @@ def sync_gpu(t: Tensor) -> None:
     """Wait for the device of a tensor."""
     if t.device.type != "cpu" and not t.is_meta:
         torch.accelerator.synchronize(t.device)
+
+
+def execute_and_return(command_string: str) -> tuple[str, str]:
+    """Run a command without a shell: its stdout and stderr, stripped."""
+    done = subprocess.run(shlex.split(command_string), capture_output=True, text=True, encoding="utf-8", check=False)
+    return done.stdout.strip(), done.stderr.strip()

@@ -17,8 +17,17 @@ from ....nn.linear8bit import linear_trainable
 from ....nn.params8bit import quantize_rows_as_fp16
 from ....quant_state import QuantState
 from ..functional import column
+from ..retired import GlobalOutlierPooler
 
-__all__ = ["MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul", "matmul_4bit"]
+__all__ = [
+    "GlobalOutlierPooler",
+    "MatMul4Bit",
+    "MatMul8bitFp",
+    "MatMul8bitLt",
+    "MatmulLtState",
+    "matmul",
+    "matmul_4bit",
+]
 
 
 def matmul_4bit(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ....errors import InputError
+from ....nn.stored import check_layout
 from ....outliers import OutlierTracer
 from . import (
     Embedding,
@@ -36,6 +39,7 @@ __all__ = [
     "Params4bit",
     "StableEmbedding",
     "fix_4bit_weight_quant_state_from_module",
+    "maybe_rearrange_weight",
 ]
 
 
@@ -46,3 +50,17 @@ def fix_4bit_weight_quant_state_from_module(module: Embedding4bit | Linear4bit) 
         raise InputError(f"this {type(module).__name__} is not quantized yet: move it with .to(device)")
     if isinstance(weight, Params4bit) and weight.quant_state is None:
         weight.quant_state = state
+
+
+def maybe_rearrange_weight(
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Before load_state_dict of an int8 layer: take `weight_format` out, and raise FormatError if it is not rows."""
+    if state_dict.get(f"{prefix}weight") is not None:
+        check_layout(state_dict.pop(f"{prefix}weight_format", "row"))
