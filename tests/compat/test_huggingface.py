@@ -1,8 +1,12 @@
 """Unmodified transformers and peft on the drop-in, with a tiny Llama on the CPU."""
 
+import importlib.util
+
 import pytest
 
-pytest.importorskip("peft")
+for needed in ("transformers", "accelerate", "peft"):  # looked for, not imported: peft imports bitsandbytes at once
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed", allow_module_level=True)
 
 TINY = """
 import warnings

@@ -33,9 +33,15 @@ print(json.dumps(checks))
 """
 
 
+def need(library: str) -> None:
+    """Skip where it is not installed.  It is not imported here: peft imports bitsandbytes at once."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+
+
 @pytest.mark.parametrize("library", CHECKS)
 def test_availability_check_says_yes(activated, installed, library):
-    pytest.importorskip(library)
+    need(library)
     first, path = installed
 
     done = activated(CHECKS[library] + PRINT, first=first, path=path)
@@ -46,7 +52,7 @@ def test_availability_check_says_yes(activated, installed, library):
 @pytest.mark.parametrize("library", CHECKS)
 def test_availability_check_says_no_without_halfbyte_and_bitsandbytes(python, hidden, library):
     """Else the test above would prove nothing."""
-    pytest.importorskip(library)
+    need(library)
 
     done = python(hidden + CHECKS[library] + PRINT)
 
@@ -55,7 +61,7 @@ def test_availability_check_says_no_without_halfbyte_and_bitsandbytes(python, hi
 
 @pytest.mark.parametrize("library", CHECKS)
 def test_answer_given_before_is_asked_again(python, hidden, library):
-    pytest.importorskip(library)
+    need(library)
     checks = CHECKS[library]
 
     code = f"{hidden}{checks}\nbefore = checks\nimport halfbyte.compat.bitsandbytes\n{checks}{PRINT}"
@@ -67,7 +73,7 @@ def test_answer_given_before_is_asked_again(python, hidden, library):
 
 
 def test_peft_imported_before_gets_the_module(python, hidden):
-    pytest.importorskip("peft")
+    need("peft")
     code = """
 import peft.helpers
 before = peft.helpers.bnb
@@ -79,7 +85,7 @@ print(before, peft.helpers.bnb is bitsandbytes)
 
 
 def test_integration_of_transformers_imported_before_gets_the_module(python, hidden):
-    pytest.importorskip("transformers")
+    need("transformers")
     code = """
 import transformers.integrations.bitsandbytes as integration
 before = hasattr(integration, "bnb")
