@@ -148,7 +148,9 @@ def test_end_is_the_script_s(call, write, entry, end, code, said):
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_interrupt_ends_it_like_python(call, write, entry):
-    write("script.py", "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    set_up = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # not there where a parent ignores the signal
+    send = "os.kill(os.getpid(), signal.SIGINT)"
+    write("script.py", f"import os, signal, time\n{set_up}\n{send}\ntime.sleep(60)\n")
 
     done = call("run", "script.py", entry=entry)
 

@@ -32,7 +32,8 @@ if [one for one in importlib.metadata.distributions(name="pip") if int(one.versi
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTER = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-FROM_A_FILE = ("--no-deps", "--no-index")
+# Without a look at what is installed: halfbyte may be, among the outer packages.
+FROM_A_FILE = ("--no-deps", "--no-index", "--ignore-installed")
 STARTERS = ["halfbyte.pth", "halfbyte.start"]
 
 # How a wheel without native modules comes about: asked for, and because the compiler fails.
@@ -96,6 +97,7 @@ def pip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def installed(pip: Any, wheel: Callable[[str], Path]) -> Any:
     pip("install", *FROM_A_FILE, wheel("pure"))
+    assert [name for name in STARTERS if not (pip.purelib / name).is_file()] == []
     return pip
 
 
