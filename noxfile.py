@@ -1,4 +1,4 @@
-"""The documented commands: nox -s demo, tests, lint, types, sanitize, docs, bench, build, tables."""
+"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, docs, bench, build, tables."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests on the installed wheel; what the machine lacks is skipped with its reason."""
     install(session, "test")
     session.run("pytest", *(session.posargs or ["tests"]))
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """Run the tests that are too long for every day: all combinations of fine-tuning beside bitsandbytes."""
+    install(session, "test")
+    session.run("pytest", "-m", "full", *(session.posargs or ["tests"]))
 
 
 @nox.session
