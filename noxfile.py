@@ -1,4 +1,4 @@
-"""The documented commands: nox -s demo, tests, lint, types, sanitize, cuda, hip, triton, docs, bench, build, tables."""
+"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, cuda, hip, triton, docs, bench, build, tables."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests on the installed wheel, with the GPU kernels emulated; what is missing is a skip that says so."""
     install(session, "test", HALFBYTE_EMULATE="ON")
     session.run("pytest", *(session.posargs or ["tests"]))
+
+
+@nox.session
+def full(session: nox.Session) -> None:
+    """Run the tests that are too long for every day: all combinations of fine-tuning beside bitsandbytes."""
+    install(session, "test")
+    session.run("pytest", "-m", "full", *(session.posargs or ["tests"]))
 
 
 @nox.session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from halfbyte import config, plugins
 from halfbyte._runtime import dispatcher
 
 ROOT = Path(__file__).resolve().parent.parent
+BITSANDBYTES = "0.50.2"  # the compatibility target
 
 hypothesis.settings.register_profile(
     "halfbyte",
@@ -57,6 +59,19 @@ def default_choice() -> Iterator[None]:
     yield
     _choose(default)
     _choose(before)
+
+
+@pytest.fixture(scope="session")
+def real_bitsandbytes() -> None:
+    """Skip where the real bitsandbytes of the compatibility target is not installed.
+
+    Its files are looked for, and it is not imported: for its name the drop-in answers, which tests/compat turns on in
+    this process and which cannot be turned on any more after an import of the real one.
+    """
+    found = [one.version for one in importlib.metadata.distributions(name="bitsandbytes", path=[*sys.path])]
+    if found != [BITSANDBYTES]:
+        what = f"bitsandbytes {found[0]}" if found else "no bitsandbytes"
+        pytest.skip(f"{what} is installed, the compatibility target is {BITSANDBYTES}")
 
 
 def _choose(choice: tuple[config.Config, config.Chain | None]) -> None:

@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
+    if args.command == "run":
+        return int(args.run(args))  # the script's errors are its own
     try:
         code = int(args.run(args))
         sys.stdout.flush()

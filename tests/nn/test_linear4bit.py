@@ -383,3 +383,12 @@ def test_a_float_state_dict_loads_into_a_layer_that_is_not_quantized_yet() -> No
     made.load_state_dict(floats)
     assert torch.equal(made.weight.data, floats["weight"])
     assert made.to("cpu").weight.bnb_quantized
+
+
+def test_chunks_and_splits_of_a_float_parameter_stay_parameters() -> None:
+    weight = Params4bit(torch.randn(8, 64), quant_type="nf4", blocksize=32)
+
+    for part in (*torch.chunk(weight, 2), *torch.split(weight, 4)):
+        assert isinstance(part, Params4bit)
+        assert (part.shape, part.quant_type, part.quant_state) == ((4, 64), "nf4", None)
+        assert part.to("cpu").quant_state.shape == (4, 64)

@@ -161,9 +161,28 @@ def test_compiles_without_graph_breaks_forward_and_backward(compiler: str, thres
 def test_settings_that_peft_reads_are_there() -> None:
     made = layer(threshold=6.0)
     assert (made.state.threshold, made.state.has_fp16_weights, made.index) == (6.0, False, None)
-    made.state.CB = made.weight.data
+    made.state.SCB = torch.ones(48)
+    assert made.state.SCB.sum() == 48
     made.state.reset_grads()
-    assert made.state.CB is None
+    assert torch.equal(made.state.SCB, made.weight.SCB)
+
+
+def test_state_shows_the_weight_as_it_is() -> None:
+    made = layer()
+    shallow = copy.copy(made)  # which shares its parameters
+    copies = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
+    made.weight = Int8Params(torch.randn(48, 96), requires_grad=False).to("cpu")
+    assert torch.equal(made.state.CB, made.weight)
+    for one in copies:
+        assert torch.equal(one.state.CB, one.weight)
+        assert torch.equal(one.state.SCB, one.weight.SCB)
+        assert not torch.equal(one.state.CB, made.state.CB)
+        assert one.state == made.state
+    assert torch.equal(shallow.state.CB, made.weight)
+    made.to("meta")
+    assert made.state.CB.is_meta
+    assert Linear8bitLt(8, 8).state.CB is None
+    assert repr(made.state).startswith("LayerState(")
 
 
 def test_rebuilding_a_parameter_from_its_dict_as_transformers_does() -> None:

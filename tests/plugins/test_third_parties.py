@@ -5,6 +5,7 @@ The environment sees this one's packages (torch, pytest, ...) through a .pth fil
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -16,9 +17,25 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scikit_build_core", reason="builds halfbyte's wheel with scikit-build-core")
-pytest.importorskip("setuptools", "70.1", reason="builds the example packages with setuptools")
-pytest.importorskip("pip", reason="installs them with pip")
+
+def version(distribution: str) -> tuple[int, ...]:
+    """Of an installed distribution, read from its metadata; () where it is not installed.
+
+    Nothing is imported: even importlib.util.find_spec("pip") makes setuptools' _distutils_hack leave this process with
+    the standard library's distutils, which warns.
+    """
+    for found in importlib.metadata.distributions(name=distribution):
+        return tuple(int(part) for part in found.version.split(".")[:2] if part.isdecimal())
+    return ()
+
+
+for needed, least, why in (
+    ("scikit-build-core", (0,), "builds halfbyte's wheel with scikit-build-core"),
+    ("setuptools", (70, 1), "builds the example packages with setuptools 70.1"),
+    ("pip", (0,), "installs them with pip"),
+):
+    if version(needed) < least:
+        pytest.skip(why, allow_module_level=True)
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

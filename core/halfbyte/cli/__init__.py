@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import bench, demo, doctor, estimate, quantize
+from . import bench, demo, doctor, estimate, quantize, run
 
-COMMANDS = (doctor, quantize, estimate, demo, bench)
+COMMANDS = (doctor, quantize, estimate, run, demo, bench)

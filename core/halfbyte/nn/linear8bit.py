@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import weakref
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -17,11 +19,20 @@ from .stored import StoredInt8
 class MatmulLtState:
     """Settings of a Linear8bitLt, and a place where bitsandbytes' users look for its weight and statistics.
 
-    The layer itself always reads its weight, so nothing here can go stale.
+    The layer itself always reads its weight, so nothing here can go stale.  Positional arguments are bitsandbytes';
+    of them only CB and SCB have a meaning.
     """
 
+    force_no_igemmlt: bool = False
     CB: Tensor | None = None
+    SB: Tensor | None = None
     SCB: Tensor | None = None
+    SBt: Tensor | None = None
+    CBt: Tensor | None = None
+    subB: Tensor | None = None
+    outlier_pool: Any = None
+    idx: Tensor | None = None
+    _: KW_ONLY
     CxB: Tensor | None = None
     threshold: float = 0.0
     has_fp16_weights: bool = True
@@ -31,6 +42,53 @@ class MatmulLtState:
     def reset_grads(self) -> None:
         """Forget weight and statistics, as callers do after they replaced the weight."""
         self.CB = self.SCB = self.CxB = None
+
+
+class LayerState(MatmulLtState):
+    """The state of a Linear8bitLt.  CB and SCB are its weight's as it is now, unless they were set to something."""
+
+    _layer: weakref.ref[nn.Module] | None = None
+
+    def __init__(self, layer: nn.Module, **settings: Any) -> None:
+        self.bind(layer)
+        super().__init__(**settings)
+
+    def bind(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
+
+    @property
+    def CB(self) -> Tensor | None:
+        return self._found("CB")
+
+    @CB.setter
+    def CB(self, value: Tensor | None) -> None:
+        self._CB = value
+
+    @property
+    def SCB(self) -> Tensor | None:
+        return self._found("SCB")
+
+    @SCB.setter
+    def SCB(self, value: Tensor | None) -> None:
+        self._SCB = value
+
+    def _found(self, name: str) -> Tensor | None:
+        value: Tensor | None = getattr(self, f"_{name}")
+        layer = self._layer() if self._layer else None  # of a copy none, until the copy of the layer binds it
+        if value is not None or layer is None or layer.weight.dtype is not torch.int8:
+            return value
+        return getattr(layer.weight, name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_layer"}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the settings are equal."""
+        return isinstance(other, MatmulLtState) and all(
+            getattr(self, name) == getattr(other, name) for name in ("threshold", "has_fp16_weights", "is_training")
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # as every dataclass that compares
 
 
 class Linear8bitLt(StoredInt8, nn.Linear):
@@ -55,13 +113,18 @@ class Linear8bitLt(StoredInt8, nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
-        self.state = MatmulLtState(threshold=threshold, has_fp16_weights=has_fp16_weights)
+        self.state = LayerState(self, threshold=threshold, has_fp16_weights=has_fp16_weights)
         self.index = index
         self.dtype = self.weight.dtype
         self.weight = Int8Params(self.weight.data, requires_grad=has_fp16_weights, has_fp16_weights=has_fp16_weights)
 
     def stays_float(self) -> bool:
         return self.state.has_fp16_weights
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.state = copy.copy(self.state)
+        self.state.bind(self)
 
     def require_quantized(self) -> None:
         if not self.stays_float():
@@ -76,10 +139,15 @@ class Linear8bitLt(StoredInt8, nn.Linear):
             bias = bias.to(x.dtype)  # type: ignore[assignment]  # a temporary: the parameter keeps its dtype
         threshold = self.state.threshold
         if self.weight.is_floating_point() and self.state.has_fp16_weights:
-            if not torch.compiler.is_compiling() and transforms.active():
-                raise transforms.refusal(type(self).__name__)
-            return _TrainableInt8.apply(x, self.weight, bias, threshold)  # type: ignore[no-any-return, no-untyped-call]
+            return linear_trainable(x, self.weight, bias, threshold)
         return functional.linear_int8(x, self.weight, self.required_absmax(), bias, threshold=threshold)
+
+
+def linear_trainable(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """linear_int8 over a float weight (N, K) that is quantized here, with gradients for x, weight and bias."""
+    if not torch.compiler.is_compiling() and transforms.active():
+        raise transforms.refusal(Linear8bitLt.__name__)
+    return _TrainableInt8.apply(x, weight, bias, threshold)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _TrainableInt8(torch.autograd.Function):

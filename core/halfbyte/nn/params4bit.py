@@ -214,10 +214,10 @@ class Params4bit(MovableParameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Results are plain tensors, except chunks and splits of codes: those stay quantized tensors."""
+        """Results are plain tensors, except chunks and splits: those stay parameters of their own elements."""
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            if func in _CUTS and isinstance(args[0], Params4bit) and args[0].is_quantized_4bit:
+            if func in _CUTS and isinstance(args[0], Params4bit):
                 return _cut(args[0], result)
             return result
 
@@ -228,9 +228,10 @@ _CUTS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)
 def _cut(whole: Params4bit, parts: tuple[Tensor, ...]) -> tuple[Params4bit, ...]:
     """Each part with the statistics of its own elements; without any where it does not begin at a block."""
     begin, cut = 0, []
+    quantized = whole.quant_state if whole.is_quantized_4bit else None
     for part in parts:
         elements = 2 * part.numel() * part.element_size()
-        state = None if whole.quant_state is None else whole.quant_state.sliced(begin, begin + elements)
+        state = None if quantized is None else quantized.sliced(begin, begin + elements)
         piece = whole.rebuilt(part)
         piece.quant_state, piece.module = state, None
         cut.append(piece)

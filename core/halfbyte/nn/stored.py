@@ -284,9 +284,7 @@ class StoredInt8(nn.Module):
 
     def _take(self, rows: Tensor, absmax: Tensor, layout: Tensor | str | int) -> None:
         """Replace the weight by one from a checkpoint, on the device where the weight is."""
-        layout = layout.item() if isinstance(layout, Tensor) else layout  # type: ignore[assignment]
-        if layout not in (0, "row"):
-            raise FormatError(f"weight_format must be 0 or 'row'; got {layout!r}")
+        check_layout(layout)
         if self.stays_float():
             raise FormatError("a layer with has_fp16_weights=True takes floats; got int8 rows")
         if rows.dtype != torch.int8 or rows.shape != self.weight.shape:
@@ -321,6 +319,13 @@ def _set_aside(module: nn.Module) -> Iterator[Any]:
         yield weight
     finally:
         module._parameters["weight"] = weight
+
+
+def check_layout(layout: Tensor | str | int) -> None:
+    """Raise FormatError for a `weight_format` that is not rows."""
+    layout = layout.item() if isinstance(layout, Tensor) else layout  # type: ignore[assignment]
+    if layout not in (0, "row"):
+        raise FormatError(f"weight_format must be 0 or 'row'; got {layout!r}")
 
 
 def _applied(weight: Any, fn: Callable[[Tensor], Tensor]) -> Any:

@@ -1,0 +1,1 @@
+"""halfbyte under the names of other libraries."""
