@@ -1,4 +1,6 @@
-"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, cuda, hip, triton, docs, bench, build, tables."""
+"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, cuda, hip, triton, docs, bench, build,
+tables.
+"""
 
 from __future__ import annotations
 
