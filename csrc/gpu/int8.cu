@@ -14,9 +14,10 @@ namespace {
 
 constexpr int kThreads = 256;
 
-HALFBYTE_DEVICE int8_t code_of(float scaled) {
-  if (scaled != scaled) return 0;
-  return static_cast<int8_t>(rintf(fminf(fmaxf(scaled, -127.0f), 127.0f)));
+// In the last byte.
+HALFBYTE_DEVICE uint32_t code_of(float scaled) {
+  const float number = scaled == scaled ? scaled : 0.0f;
+  return narrow_byte(fminf(fmaxf(number, -127.0f), 127.0f));
 }
 
 // The largest magnitude below the threshold; marks the columns of others.
@@ -63,11 +64,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < Vectors; ++i) {
       const int64_t at = (int64_t{i} * kThreads + threadIdx.x) * kValues;
       if (at >= k) break;
-      Words<kValues> words = {};
+      Words<kValues> words;
       HALFBYTE_UNROLL
-      for (int j = 0; j < kValues; ++j) {
-        words.w[j / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(code_of(v[i][j] * scale)))
-                          << (j % 4 * 8);
+      for (int j = 0; j < kValues; j += 4) {
+        words.w[j / 4] = last_bytes(code_of(v[i][j] * scale), code_of(v[i][j + 1] * scale),
+                                    code_of(v[i][j + 2] * scale), code_of(v[i][j + 3] * scale));
       }
       store<kValues>(q + row * k + at, words);
     }
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kThreads)
     most = neighbours_max<true>(most, kThreads);
     if (threadIdx.x == 0) absmax[row] = most;
     const float scale = row_scale(most);
-    for (int64_t i = threadIdx.x; i < k; i += kThreads) q[row * k + i] = code_of(widen(from[i]) * scale);
+    for (int64_t i = threadIdx.x; i < k; i += kThreads)
+      q[row * k + i] = static_cast<int8_t>(code_of(widen(from[i]) * scale));
   }
 }
 
