@@ -29,35 +29,44 @@ _SIGNED: tl.constexpr = tl.constexpr(SIGNED)
 _UNSIGNED: tl.constexpr = tl.constexpr(UNSIGNED)
 _ANY: tl.constexpr = tl.constexpr(ANY)
 
+# (bits of u + OFFSET) * FACTOR / 2^32 is BASE + 6 from u = 0.0997 on and one less per decade below it, see
+# nearest_dynamic; BASE is such that OFFSET is positive.
+_FACTOR, _BASE = 154, 34
+_OFFSET = (_BASE + 6) * 2**32 // _FACTOR - int((127 - 0.073 - 2**32 / _FACTOR / 2**23) * 2**23)
+DECADE_FACTOR: tl.constexpr = tl.constexpr(_FACTOR)
+DECADE_BASE: tl.constexpr = tl.constexpr(_BASE)
+DECADE_OFFSET: tl.constexpr = tl.constexpr(_OFFSET)
+
 
 # -- the nearest level ---------------------------------------------------------------------------------------
 
 
 @triton.jit
-def nearest_dynamic(s, table_ptr, BOOK: tl.constexpr, SIZE: tl.constexpr):
-    """Codes of scaled values (flat, SIZE of them) in a dynamic map; NaN gets 0.
+def nearest_dynamic(s, table_ptr, BOOK: tl.constexpr, FINITE: tl.constexpr):
+    """Codes of scaled values, a flat tensor, in a dynamic map; NaN gets 0, unless FINITE says there is none.
 
     The map has n = 2^d levels (unsigned: 2^(d+1)) of each sign in the decade from 10^(d-7) to 10^(d-6), d = 0..6,
     evenly spaced, so that the number of the threshold nearest to u = |s| is  k = n * (10/9 * u * 10^(6-d) + 8/9)  to
     the nearest integer.  Comparing with that threshold decides exactly; for the tie that belongs above it, the table
-    holds the float32 below.  Source: reference/PERFORMANCE 4.7, checked in tests/backends/triton/test_triton_tables.py.
+    holds the float32 below.  A neighboring decade's line serves as well near its end, so that d may be read off the
+    bits of u, which are a piecewise linear logarithm: 3.3247 * 2^23 of them are a decade, near enough.
+    Source: reference/PERFORMANCE 4.7, checked in tests/backends/triton/test_triton_tables.py.
 
-    table_ptr   `dynamic_table`: 256 thresholds by k, 32 powers of ten by binade, 8 factors by decade
+    table_ptr   `dynamic_table`: 256 thresholds by k, 8 factors by decade
     """
     u = tl.abs(s) if BOOK == _SIGNED else tl.where(s > 0, s, 0.0)
-    bits = u.to(tl.int32, bitcast=True)
-    binade = tl.maximum((bits >> 23) - 106, 0) & 31
-    ten = tl.gather(tl.load(table_ptr + 256 + tl.arange(0, 32)), binade, 0)  # its last bits are the decade below it
-    d = (ten.to(tl.int32, bitcast=True) & 7) + (u > ten).to(tl.int32)
-    factor = tl.gather(tl.load(table_ptr + 288 + tl.arange(0, 8)), d & 7, 0)
+    bits = u.to(tl.uint32, bitcast=True)
+    decade = tl.umulhi(bits + DECADE_OFFSET, tl.full(bits.shape, DECADE_FACTOR, tl.uint32)).to(tl.int32)
+    d = tl.minimum(tl.maximum(decade, DECADE_BASE), DECADE_BASE + 6) - DECADE_BASE
+    factor = tl.gather(tl.load(table_ptr + 256 + tl.arange(0, 8)), d, 0)
     FIRST: tl.constexpr = 1 if BOOK == _SIGNED else 2  # n of decade 0
     eight_ninths = ((d << 23) + (0x3F638E39 if FIRST == 1 else 0x3FE38E39)).to(tl.float32, bitcast=True)
-    k = (factor * u + eight_ninths + MAGIC).to(tl.int32, bitcast=True) & 511
+    k = (tl.fma(factor, u, eight_ninths) + MAGIC).to(tl.int32, bitcast=True) & 511
     threshold = tl.gather(tl.load(table_ptr + tl.arange(0, 256)), k & 255, 0)
     rank = k - FIRST + (u > threshold).to(tl.int32)
     if BOOK == _SIGNED:
         code = tl.where(s < 0, 127 - tl.minimum(rank, 127), 127 + rank)
-        return tl.where(s == s, code, 0)
+        return code if FINITE else tl.where(s == s, code, 0)
     else:
         return rank
 
@@ -88,16 +97,9 @@ def dynamic_table(name: str, device: torch.device) -> Tensor:
     thresholds = torch.full((256,), math.inf)
     thresholds[(k - 1 + first) % 256] = midpoints
 
-    powers = [10.0 ** (d - 7) for d in range(1, 7)]
-    binades = torch.arange(32).float().sub(21).exp2().tolist()  # where each begins
-    below = torch.tensor([sum(power <= start for power in powers) for start in binades])
-    inside = [next((power for power in powers if start < power < 2 * start), 3.0) for start in binades]
-    tens = torch.tensor(inside).view(torch.int32)
-    tens = ((tens & ~7) | below.int()).view(torch.float32)
-
     decade = torch.arange(8)
     factors = first * 10 / 9 * 2.0 ** decade.double() * 10.0 ** (6 - decade.double())
-    return torch.cat((thresholds, tens, factors.float())).to(device)
+    return torch.cat((thresholds, factors.float())).to(device)
 
 
 def which(codebook: Tensor) -> int:
@@ -149,7 +151,7 @@ def quantize_kernel(
     if BOOK == _ANY:
         code = nearest_any(s, table_ptr)
     else:
-        code = tl.reshape(nearest_dynamic(tl.reshape(s, [SIZE]), table_ptr, BOOK, SIZE), [BLOCKS, PADDED])
+        code = tl.reshape(nearest_dynamic(tl.reshape(s, [SIZE]), table_ptr, BOOK, False), [BLOCKS, PADDED])
     block = tl.arange(0, BLOCKS)
     if WHOLE:
         tl.store(codes_ptr + begin + at, code.to(tl.uint8))

@@ -24,7 +24,9 @@ from halfbyte import formats
 
 from .launch import cdiv, config, launch
 
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+INTERPRETED: tl.constexpr = tl.constexpr(
+    os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+)
 
 # 1.5 * 2^23: a float32 below 2^22 added to it is rounded to an integer, in the low bits.
 MAGIC: tl.constexpr = tl.constexpr(12582912.0)

@@ -15,6 +15,7 @@ from halfbyte import probe
 from halfbyte.backend import Backend, DeviceFacts
 from halfbyte.errors import BackendUnavailable
 from halfbyte.kernel import Kernel
+from halfbyte.native import OPTIMIZERS
 
 OLDEST = (3, 2)
 LARGEST_BLOCK = 8192  # elements that one program holds in registers
@@ -52,7 +53,7 @@ class TritonBackend(Backend):
 
 def all_kernels() -> Iterable[Kernel]:
     """The kernels, whatever drivers there are: also what tests run in Triton's interpreter."""
-    from . import eightbit, fourbit, int8, linear4bit
+    from . import eightbit, fourbit, int8, linear4bit, optimizer
 
     functions: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
         "quantize_4bit": (fourbit.quantize_4bit, _FOURBIT),
@@ -64,6 +65,8 @@ def all_kernels() -> Iterable[Kernel]:
         "quantize_int8_rows": (int8.quantize_int8_rows, {"dtype": _FLOATS}),
         "dequantize_int8": (int8.dequantize_int8, {"dtype": _FLOATS, "source": {torch.int8, torch.int32}}),
         "matmul_int8": (int8.matmul_int8, {}),
+        "update_32bit": (optimizer.update_32bit, {"dtype": _FLOATS, "optimizer": set(OPTIMIZERS)}),
+        "update_8bit": (optimizer.update_8bit, {"dtype": _FLOATS, "optimizer": set(OPTIMIZERS)}),
         "linear_int8": (int8.linear_int8, {"dtype": _FLOATS, "mode": {"exact", "w8a16"}}),
     }
     for op, (function, limits) in functions.items():

@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import compiled
 
 from halfbyte import formats
-from halfbyte_triton import eightbit, fourbit, int8, linear4bit
+from halfbyte.ops import rules
+from halfbyte_triton import eightbit, fourbit, int8, linear4bit, optimizer
 
 CPU = torch.device("cpu")
 BOOK = formats.codebook("dynamic", CPU)
@@ -47,6 +48,18 @@ def weight(n=128, k=4096, nested=False, blocksize=64):
 def linear(m, dtype=torch.bfloat16, format="nf4", blocksize=64, nested=False, bias=None):
     args = (*weight(nested=nested, blocksize=blocksize), bias, format, blocksize, 128)
     return linear4bit.linear_4bit, x(m, dtype=dtype), *args
+
+
+def update(name, eight, *, dtype=torch.bfloat16, trust=0.0, stochastic=False, book=BOOK, n=300_000):
+    first, second = rules.RULES[name].states
+    like = {"dtype": torch.uint8 if eight else torch.float32}
+    state1, state2 = [torch.zeros(first * n, **like)], [torch.zeros(n, **like)] * second
+    scales = [torch.zeros(first * -(-n // 256))], [torch.zeros(-(-n // 256))] * second
+    states = (state1, scales[0], book, state2, scales[1], UNSIGNED, 256) if eight else (state1, state2)
+    hyper = ([0.9, 0.99, 0.999], 1e-8, 0.1, 5.0, 0, 0, trust, False, [3] if stochastic else [])
+    p = [torch.zeros(n, dtype=dtype)]
+    function = optimizer.update_8bit if eight else optimizer.update_32bit
+    return function, name, p, p, *states, torch.tensor(7), torch.tensor(0.01), None, *hyper
 
 
 PRODUCTS = {
@@ -94,6 +107,12 @@ OTHERS = {
         None,
         torch.half,
     ),
+    "update_8bit-adam": update("adam", True),
+    "update_8bit-momentum-other-trust": update("momentum", True, trust=0.1, book=BOOK.clone(), dtype=torch.float16),
+    "update_8bit-ademamix-stochastic": update("ademamix", True, stochastic=True),
+    "update_8bit-lion": update("lion", True, dtype=torch.float32),
+    "update_32bit-adam-trust": update("adam", False, trust=0.1),
+    "update_32bit-rmsprop": update("rmsprop", False, dtype=torch.float32),
     "linear_int8-float32-w8a16": (
         int8.linear_int8,
         x(1, 64, torch.float32),

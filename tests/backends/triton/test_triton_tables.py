@@ -14,7 +14,7 @@ from halfbyte.ops import eightbit
 pytest.importorskip("triton")
 
 from halfbyte_triton import decode
-from halfbyte_triton.eightbit import dynamic_table
+from halfbyte_triton import eightbit as eight
 
 CPU = torch.device("cpu")
 
@@ -58,13 +58,12 @@ def test_closed_form_of_the_dynamic_map_gives_the_nearest_code(name):
     s = scaled_values((book[:-1] + book[1:]) * 0.5)
     if name == "dynamic_unsigned":
         s = s.abs()
-    table = dynamic_table(name, CPU)
-    thresholds, tens, factors = table[:256], table[256:288], table[288:]
+    table = eight.dynamic_table(name, CPU)
+    thresholds, factors = table[:256], table[256:]
     u = s.abs()
-    binade = torch.clamp((u.view(torch.int32) >> 23) - 106, min=0) & 31
-    ten = tens[binade]
-    d = (ten.view(torch.int32) & 7) + (u > ten).int()
-    assert int(d.max()) == 6
+    decade = ((u.view(torch.int32).long() + eight._OFFSET) * eight._FACTOR) >> 32
+    assert int(u.view(torch.int32).max()) + eight._OFFSET < 2**32
+    d = decade.clamp(eight._BASE, eight._BASE + 6).int() - eight._BASE
     first = 1 if name == "dynamic" else 2
     eight_ninths = ((d << 23) + (0x3F638E39 if first == 1 else 0x3FE38E39)).int().view(torch.float32)
     for fused in (False, True):
