@@ -122,4 +122,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   bind_linear_4bit(module);
   bind_8bit(module);
   bind_int8(module);
+  bind_optimizer(module);
 }
