@@ -47,11 +47,12 @@ class CudaBackend(Backend):
         return (f"halfbyte_cuda was built for {archs.replace(',', ', ')}; {device} is {device.arch}",)
 
     def kernels(self) -> Iterable[Kernel]:
-        from halfbyte import native_gpu
+        from halfbyte import native_gpu, native_gpu_optimizer
 
         from . import _C, linear4bit
 
         yield from native_gpu.kernels(_C)
+        yield from native_gpu_optimizer.kernels(_C)
         if "90a" in _C.archs():
             yield Kernel(
                 "linear_4bit",

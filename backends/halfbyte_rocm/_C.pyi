@@ -127,3 +127,58 @@ def linear_int8_w8a16(
     stream: int,
     /,
 ) -> None: ...
+def update_chunks(fields: int, tensors: int, /) -> int:
+    """How many chunks the tensors have that a table of UPDATE_FIELDS int64 each, on the host, describes."""
+
+def plan_update(
+    fields: int,
+    tensors: int,
+    chunks: int,
+    optimizer: int,
+    dtype: int,
+    states: int,
+    tensor: int,
+    chunk: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def update_coefficients(
+    optimizer: int,
+    hyper: tuple[float, float, float, float, float, float],
+    rising: tuple[int, int],
+    step: tuple[int, int],
+    lr: tuple[int, int],
+    scale: tuple[int, int],
+    out: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def update(
+    optimizer: int,
+    dtype: int,
+    quantized: bool,
+    skip_zeros: bool,
+    stochastic: bool,
+    tensors: int,
+    chunks: int,
+    tensor: int,
+    chunk: int,
+    codebook1: int,
+    codebook2: int,
+    numbers: list[float],
+    drawn: int,
+    coefficients: int,
+    max_unorm: float,
+    eps: float,
+    partial: int,
+    sizes: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+
+UPDATE_FIELDS: int
+UPDATE_TENSOR_BYTES: int
+COEFFICIENTS_BYTES: int

@@ -42,11 +42,12 @@ class RocmBackend(Backend):
         return (f"halfbyte_rocm was built for {', '.join(archs)}; {device} is {device.arch}",)
 
     def kernels(self) -> Iterable[Kernel]:
-        from halfbyte import native_gpu
+        from halfbyte import native_gpu, native_gpu_optimizer
 
         from . import _C
 
         yield from native_gpu.kernels(_C)
+        yield from native_gpu_optimizer.kernels(_C)
 
 
 def built_for() -> str:

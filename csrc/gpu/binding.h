@@ -39,4 +39,7 @@ inline Weight4 weight_of(Address packed, Address absmax, Address nested, Address
           blocksize};
 }
 
+// In files of their own.
+void bind_optimizer(pybind11::module_& module);
+
 }  // namespace halfbyte::gpu

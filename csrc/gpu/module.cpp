@@ -128,6 +128,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   bind_linear_4bit(module);
   bind_8bit(module);
   bind_int8(module);
+  bind_optimizer(module);
 #ifdef HALFBYTE_GEMM
   bind_gemm(module);
 #endif

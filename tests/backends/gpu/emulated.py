@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import halfbyte
-from halfbyte import native_gpu
+from halfbyte import native_gpu, native_gpu_optimizer
 from halfbyte._runtime import dispatcher
 
 LANES = (32, 64)
@@ -36,7 +36,8 @@ def backend(lanes: int) -> halfbyte.Backend:
             return () if module(lanes) else ("built without HALFBYTE_EMULATE=ON",)
 
         def kernels(self) -> Iterable[halfbyte.Kernel]:
-            return native_gpu.kernels(module(lanes))
+            yield from native_gpu.kernels(module(lanes))
+            yield from native_gpu_optimizer.kernels(module(lanes))
 
     return Emulated()
 
