@@ -268,7 +268,7 @@ def copy_rate() -> float:
     """
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
-    ways = (lambda: target.copy_(source), lambda: torch.add(source, 0, out=target))
+    ways: tuple[Call, ...] = (lambda: target.copy_(source), lambda: torch.add(source, 0, out=target))
     for way in ways:
         way()
     return 2 * source.nbytes / min(_event_time(way, 9) for way in ways for _ in range(2)) * 1e6
