@@ -296,6 +296,8 @@ def matmul_int8(c: Module, a: Tensor, b: Tensor) -> Tensor:
         return out
     if not k:
         return out.zero_()
+    if a.is_cuda and _library_multiplies(m, n, k):
+        return torch._int_mm(a, b.t())
     c.matmul_int8(a.data_ptr(), b.data_ptr(), m, n, k, out.data_ptr(), *place(a))
     return out
 
@@ -323,6 +325,8 @@ def linear_int8(
     if not k:
         return only_bias(y, bias)
     layer = (weight.data_ptr(), weight_absmax.data_ptr(), address(bias), m, n, k, y.data_ptr(), *place(x))
+    if mode == "exact" and x.is_cuda and x.dtype is not torch.float32 and _library_multiplies(m, n, k):
+        return exact_by_library(c, x.view(m, k), weight, weight_absmax, bias, threshold).view(y.shape)
     if mode == "exact":
         q, absmax, outlier_columns = _quantized_rows(c, x, threshold, clear=False)
         listed = None
@@ -347,6 +351,29 @@ def linear_int8(
         return dequantize_int8(c, weight[first:end], weight_absmax[first:end], None, None, x.dtype)
 
     return _by_slabs(x.view(m, k), slab, bias, y)
+
+
+def _library_multiplies(m: int, n: int, k: int) -> bool:
+    """Whether torch's int8 product takes the size (it wants multiples) and has tensor cores' work to do."""
+    return m > 16 and not (n % 16 or k % 16)
+
+
+def exact_by_library(
+    c: Module, x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """linear_int8 of many rows with torch's int8 product, and its product in x's dtype for outlier columns.
+
+    Which columns those are stays on the device, so x without the others is multiplied as a whole: a second product,
+    of slabs of the dequantized weight, for a threshold.
+    """
+    q, absmax, outlier_columns = _quantized_rows(c, x, threshold, clear=True)
+    y = dequantize_int8(c, torch._int_mm(q, weight.t()), absmax, weight_absmax, bias, x.dtype)
+    if threshold > 0:
+        outliers = x.masked_fill(~outlier_columns, 0)
+        for first, end in _slabs(weight.shape[0], x.shape[1] * x.element_size(), multiple=16):
+            part = dequantize_int8(c, weight[first:end], weight_absmax[first:end], None, None, x.dtype)
+            y[:, first:end].addmm_(outliers, part.t())
+    return y
 
 
 # -- products with slabs of a weight -------------------------------------------------------------------------

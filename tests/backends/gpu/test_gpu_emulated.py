@@ -209,3 +209,15 @@ def test_tiles_of_an_integer_product_are_exact(kernel, generator, shape):
     b = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
 
     assert torch.equal(kernel("matmul_int8")(a, b), reference("matmul_int8", a, b))
+
+
+@pytest.mark.parametrize("lanes", emulated.LANES)
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_int8_layer_of_many_rows_may_use_torchs_product(lanes, threshold, dtype, generator):
+    x = normal((40, 96), dtype, generator)
+    x[:, [3, 50]] *= 30  # outlier columns
+    codes = torch.randint(-127, 128, (48, 96), generator=generator, dtype=torch.int8)
+    absmax, bias = torch.rand(48, generator=generator) + 0.1, normal((48,), dtype, generator)
+    found = native_gpu.exact_by_library(emulated.module(lanes), x, codes, absmax, bias, threshold)
+    close("linear_int8", found, reference("linear_int8", x, codes, absmax, bias, threshold, "exact"))

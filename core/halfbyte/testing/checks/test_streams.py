@@ -24,7 +24,8 @@ def emptied(args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def fill(args: tuple[object, ...], values: tuple[object, ...]) -> None:
-    for arg, value in zip(args, values):
+    """Write the values into the arguments, into those in lists too."""
+    for arg, value in zip(pytree.tree_leaves(list(args)), pytree.tree_leaves(list(values))):
         if isinstance(arg, Tensor) and isinstance(value, Tensor):
             arg.copy_(value)
 
