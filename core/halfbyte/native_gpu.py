@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .kernel import Kernel
 from .native import DTYPES, FORMATS, address
+from .ops.int8 import PER_127
 
 Module: TypeAlias = Any  # a compiled _C
 
@@ -363,17 +364,24 @@ def exact_by_library(
 ) -> Tensor:
     """linear_int8 of many rows with torch's int8 product, and its product in x's dtype for outlier columns.
 
-    Which columns those are stays on the device, so x without the others is multiplied as a whole: a second product,
-    of slabs of the dequantized weight, for a threshold.
+    Which columns those are stays on the device, so for a threshold x without the others is multiplied as a whole, with
+    slabs of the weight.  Sums are float32 and rounded once.
     """
     q, absmax, outlier_columns = _quantized_rows(c, x, threshold, clear=True)
-    y = dequantize_int8(c, torch._int_mm(q, weight.t()), absmax, weight_absmax, bias, x.dtype)
-    if threshold > 0:
-        outliers = x.masked_fill(~outlier_columns, 0)
-        for first, end in _slabs(weight.shape[0], x.shape[1] * x.element_size(), multiple=16):
-            part = dequantize_int8(c, weight[first:end], weight_absmax[first:end], None, None, x.dtype)
-            y[:, first:end].addmm_(outliers, part.t())
-    return y
+    product = torch._int_mm(q, weight.t())
+    if threshold == 0:
+        return dequantize_int8(c, product, absmax, weight_absmax, bias, x.dtype)
+    y = dequantize_int8(c, product, absmax, weight_absmax, bias, torch.float32)
+    outliers = x.masked_fill(~outlier_columns, 0)
+    for first, end in _slabs(weight.shape[0], x.shape[1] * x.element_size(), multiple=16):
+        part = weight[first:end].to(x.dtype)  # exact: 8 bits fit
+        y[:, first:end] += _float32_product(outliers, part.t()) * (weight_absmax[first:end] * PER_127)
+    return y.to(x.dtype)
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16-bit matrices in float32; torch has that for CUDA tensors only."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 # -- products with slabs of a weight -------------------------------------------------------------------------
