@@ -41,7 +41,7 @@ __device__ __forceinline__ void pin(float (&d)[N]) {  // what the compiler must 
 }
 template <typename T>
 __device__ __forceinline__ void store4(float4 v, T* out, int valid) {
-  T r[4];
+  alignas(8) T r[4];
   from_float(v.x, r), from_float(v.y, r + 1), from_float(v.z, r + 2), from_float(v.w, r + 3);
   if (valid >= 4 && !(reinterpret_cast<uintptr_t>(out) & 7)) {
     *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(r);

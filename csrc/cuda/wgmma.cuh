@@ -1,5 +1,5 @@
 // wgmma.cuh: D (float32, registers) = or += A (registers) . B (shared memory), m64nNk16, for N = 16, 32, 64 and 128.
-// Written by the loop in wgmma.py beside this file.
+// Only the lists of operands differ.
 #pragma once
 #include "hopper.cuh"
 
