@@ -8,8 +8,6 @@ import math
 from importlib import resources
 from typing import Any, TypeAlias
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte import native_gpu
@@ -19,7 +17,7 @@ from halfbyte.native import DTYPES, FORMATS, address
 # csrc/include/halfbyte/gemm.h, or ("dequantize",): the weight in slabs, then torch's matmul.
 Choice: TypeAlias = tuple[Any, ...]
 
-SLAB = 64 << 20  # bytes of a dequantized slab: small enough to stay in L2, large enough to fill the GPU
+SLAB = 64 << 20  # bytes of a dequantized slab; tuning.json and docs/benchmarks were measured with it
 
 
 def linear_4bit(
@@ -71,7 +69,14 @@ def run(
     k = x.shape[-1]
     if choice[0] == "dequantize":
         weight = native_gpu.Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
-        return by_slabs(c, weight, x, bias, out_features)
+
+        def slab(first: int, end: int) -> Tensor:
+            part = x.new_empty(end - first, k)
+            weight.dequantize(c, part, k=k, row=first, rows=end - first, columns=k)
+            return part
+
+        y = x.new_empty((*x.shape[:-1], out_features))
+        return native_gpu.by_slabs(x.reshape(-1, k), slab, bias, y, most=SLAB)
     dense = native_gpu.dense
     x, packed, absmax = dense(x), dense(packed), dense(absmax)
     if bias is not None:
@@ -99,25 +104,6 @@ def run(
         *native_gpu.place(x),
     )
     return y
-
-
-def by_slabs(c: Any, weight: native_gpu.Weight4, x: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """x . weight^T + bias with torch's matmul, a slab of rows of the weight at a time."""
-    k = x.shape[-1]
-    rows = max(256, SLAB // (k * x.element_size()) // 256 * 256)
-    slab = x.new_empty((min(rows, n), k))
-    if rows >= n:
-        weight.dequantize(c, slab, k=k, rows=n, columns=k)
-        return F.linear(x, slab, bias)
-    flat = x.reshape(-1, k)
-    y = x.new_empty((flat.shape[0], n))
-    for row in range(0, n, rows):
-        part = slab[: min(rows, n - row)]
-        weight.dequantize(c, part, k=k, row=row, rows=part.shape[0], columns=k)
-        torch.mm(flat, part.t(), out=y[:, row : row + part.shape[0]])
-    if bias is not None:
-        y += bias
-    return y.view(*x.shape[:-1], n)
 
 
 # -- choosing ------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def linear_4bit(
         weight.dequantize(c, part, k=k, row=first, rows=end - first, columns=k)
         return part
 
-    return _by_slabs(x.view(m, k), slab, bias, y)
+    return by_slabs(x.view(m, k), slab, bias, y)
 
 
 def linear_4bit_backward(
@@ -320,14 +320,14 @@ def linear_int8(
     *rows, k = x.shape
     m = math.prod(rows)
     n = weight.shape[0]
+    if mode == "exact" and x.is_cuda and x.dtype is not torch.float32 and _library_multiplies(m, n, k):
+        return exact_by_library(c, x.view(m, k), weight, weight_absmax, bias, threshold).view(*rows, n)
     y = x.new_empty((*rows, n))
     if not (m and n):
         return y
     if not k:
         return only_bias(y, bias)
     layer = (weight.data_ptr(), weight_absmax.data_ptr(), address(bias), m, n, k, y.data_ptr(), *place(x))
-    if mode == "exact" and x.is_cuda and x.dtype is not torch.float32 and _library_multiplies(m, n, k):
-        return exact_by_library(c, x.view(m, k), weight, weight_absmax, bias, threshold).view(y.shape)
     if mode == "exact":
         q, absmax, outlier_columns = _quantized_rows(c, x, threshold, clear=False)
         listed = None
@@ -351,12 +351,12 @@ def linear_int8(
     def slab(first: int, end: int) -> Tensor:
         return dequantize_int8(c, weight[first:end], weight_absmax[first:end], None, None, x.dtype)
 
-    return _by_slabs(x.view(m, k), slab, bias, y)
+    return by_slabs(x.view(m, k), slab, bias, y)
 
 
 def _library_multiplies(m: int, n: int, k: int) -> bool:
     """Whether torch's int8 product takes the size (it wants multiples) and has tensor cores' work to do."""
-    return m > 16 and not (n % 16 or k % 16)
+    return m > 16 and min(n, k) > 0 and not (n % 16 or k % 16)
 
 
 def exact_by_library(
@@ -391,19 +391,24 @@ SLAB = 16 << 20
 _LEAST = 1 << 20  # a weight of fewer bytes is one slab; of a larger one never more than half is there
 
 
-def _slabs(count: int, each: int, *, multiple: int) -> Iterator[tuple[int, int]]:
-    """Ranges of `count` rows or columns of `each` bytes, in multiples of a number that kernels like."""
-    size = min(SLAB, max(_LEAST, count * each // 2)) // each
+def _slabs(count: int, each: int, *, multiple: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of `count` rows or columns of `each` bytes, in multiples of a number that kernels like.
+
+    most   bytes of one; where it is not given SLAB, and never more than half of all but for very little
+    """
+    size = (most or min(SLAB, max(_LEAST, count * each // 2))) // each
     size = max(multiple, size // multiple * multiple)
     for first in range(0, count, size):
         yield first, min(count, first + size)
 
 
-def _by_slabs(x: Tensor, slab: Callable[[int, int], Tensor], bias: Tensor | None, y: Tensor) -> Tensor:
-    """y = x @ weight^T + bias, where slab(first, end) gives rows of the weight in x's dtype."""
+def by_slabs(
+    x: Tensor, slab: Callable[[int, int], Tensor], bias: Tensor | None, y: Tensor, *, most: int | None = None
+) -> Tensor:
+    """y = x @ weight^T + bias with torch's product, where slab(first, end) gives rows of the weight in x's dtype."""
     n = y.shape[-1]
     out = y.view(-1, n)
-    for first, end in _slabs(n, x.shape[1] * x.element_size(), multiple=16):
+    for first, end in _slabs(n, x.shape[1] * x.element_size(), multiple=16, most=most):
         part = slab(first, end).t()
         if bias is None:
             torch.mm(x, part, out=out[:, first:end])

@@ -32,7 +32,7 @@ class Case:
     name       what is done, on what
     kind       "graph" (calls that take turns in a CUDA graph), "stream" (events around calls) or "host"
     bytes      what must at least be read and written
-    prepare    library -> calls on different copies of the data; raises KeyError where it has no such thing
+    prepare    library -> calls on different copies of the data; none where it has no such thing
     """
 
     name: str
@@ -108,7 +108,7 @@ def _blockwise(op: str, bits: int, dtype: torch.dtype) -> Case:
             dequantize = b.dequantize_4bit if bits == 4 else b.dequantize_blockwise
             options = {"quant_type": "nf4"} if bits == 4 else {"blocksize": 256}
         else:
-            raise KeyError(library)
+            return []
         if op == "quantize":
             return [lambda: quantize(x, **options)]
         codes, state = quantize(x, **options)
@@ -142,7 +142,7 @@ def _step(name: str) -> Case:
     def prepare(library: str) -> list[Call]:
         param = nn.Parameter(torch.randn(PARAMETERS, device="cuda", dtype=BF16) * 0.02)
         param.grad = torch.randn(PARAMETERS, device="cuda", dtype=BF16) * 0.01
-        return [_optimizer(library, name, [param])]
+        return _optimizer(library, name, [param])
 
     return Case(f"{name}, 2^30 bf16 parameters", "stream", int(PARAMETERS * (6 + STATES[name])), prepare)
 
@@ -152,20 +152,18 @@ def _many_tensors() -> Case:
         params = [nn.Parameter(torch.randn(4096, device="cuda", dtype=BF16)) for _ in range(10_000)]
         for param in params:
             param.grad = torch.randn_like(param)
-        return [_optimizer(library, "AdamW8bit", params)]
+        return _optimizer(library, "AdamW8bit", params)
 
     return Case("AdamW8bit, 10,000 tensors of 4,096 bf16 parameters", "stream", int(4096e4 * 10.0625), prepare)
 
 
-def _optimizer(library: str, name: str, params: list[nn.Parameter]) -> Call:
+def _optimizer(library: str, name: str, params: list[nn.Parameter]) -> list[Call]:
     if library == "torch":
         if not name.startswith("AdamW"):
-            raise KeyError(library)
-        step: Call = torch.optim.AdamW(params, lr=1e-4, fused=True).step
-        return step
+            return []
+        return [torch.optim.AdamW(params, lr=1e-4, fused=True).step]
     momentum = {"momentum": 0.9} if name.startswith("SGD") else {}
-    step = getattr(_library(library).optim, name)(params, lr=1e-4, **momentum).step
-    return step
+    return [getattr(_library(library).optim, name)(params, lr=1e-4, **momentum).step]
 
 
 def _host() -> Case:
@@ -209,10 +207,9 @@ def run(
             progress(case.name)
             timers = {}
             for library in libraries:
-                try:
-                    timers[library] = _timer(case.kind, case.prepare(library))
-                except KeyError:
-                    continue
+                if calls := case.prepare(library):
+                    timers[library] = _timer(case.kind, calls)
+                del calls
             for _ in range(rounds):
                 for library, timer in timers.items():
                     row.times.setdefault(library, []).append(timer())

@@ -7,8 +7,7 @@ import torch
 
 import halfbyte
 from halfbyte import formats
-
-linear4bit = pytest.importorskip("halfbyte_cuda.linear4bit")
+from halfbyte_cuda import linear4bit
 
 
 def _why_not() -> str:

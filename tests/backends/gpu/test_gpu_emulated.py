@@ -14,6 +14,7 @@ import torch
 
 from halfbyte import formats, native_gpu
 from halfbyte._runtime import dispatcher
+from halfbyte_cuda import linear4bit
 
 BUILT = [lanes for lanes in emulated.LANES if emulated.module(lanes)]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -221,3 +222,15 @@ def test_int8_layer_of_many_rows_may_use_torchs_product(lanes, threshold, dtype,
     absmax, bias = torch.rand(48, generator=generator) + 0.1, normal((48,), dtype, generator)
     found = native_gpu.exact_by_library(emulated.module(lanes), x, codes, absmax, bias, threshold)
     close("linear_int8", found, reference("linear_int8", x, codes, absmax, bias, threshold, "exact"))
+
+
+@pytest.mark.parametrize("lanes", emulated.LANES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dequantizing_for_torchs_product_goes_by_slabs(lanes, nested, bias, generator, monkeypatch):
+    monkeypatch.setattr(linear4bit, "SLAB", 256 * 4 * 48)  # of 48 rows, then 32
+    packed, how = weight(80, 256, 64, generator, nested=nested)
+    x = normal((2, 5, 256), torch.float32, generator)
+    b = normal((80,), torch.float32, generator) if bias else None
+    found = linear4bit.run(emulated.module(lanes), ("dequantize",), x, *packed, b, *how, 80)
+    close("linear_4bit", found, reference("linear_4bit", x, *packed, b, *how, 80))
