@@ -2,13 +2,14 @@
 //
 // Encoding  The code of q is how many of 255 thresholds it exceeds; a tie goes to the even code, as its threshold
 //           is put just below it where the even code is the upper one.  For |q| from 2^-24 to 1 a bin is five
-//           bits of the exponent and the first bits of the mantissa, with at most one threshold:
-//             bits 31..24  code at the bin's lower end
+//           bits of the exponent and the first bits of the mantissa, with at most one threshold.  Seen from the
+//           bin's lower end it holds
+//             bits 31..24  code there
 //             bits 23..0   2^24 - (place of the threshold + 1), so that adding the place of q carries into the
 //                          code where q is above; 0 where there is no threshold
-//           The order is that of numbers, so for negative q places are counted from the other end.  A codebook
-//           that does not fit (two thresholds in a bin, or one below 2^-24) takes a binary search instead.
-// Decoding  kCopies copies of the levels, to spread equal banks over lanes.
+//           less what all numbers of the bin share, so that no bit need be masked before adding.  The order is
+//           that of numbers: for negative q bits are inverted.  A codebook that does not fit (two thresholds in
+//           a bin, or one below 2^-24) takes a binary search instead.
 #pragma once
 #include "portable.cuh"
 
@@ -29,11 +30,11 @@ HALFBYTE_DEVICE uint32_t ordered_bits(float f) {
 template <bool kSigned>
 struct Codes8 {
   static constexpr int kBits = kSigned ? 17 : 16;  // of the place within a bin
-  static constexpr int kBins = 4096, kBinades = 32, kFirst = 7, kFine = 1 << (23 - kBits), kCopies = 4;
-  static constexpr uint32_t kPlace = (1u << kBits) - 1u, kUnit = 1u << (24 - kBits);
+  static constexpr int kBins = 4096, kBinades = 32, kFirst = 7, kFine = 1 << (23 - kBits);
+  static constexpr uint32_t kPlace = (1u << kBits) - 1u, kUnit = 1u << (24 - kBits), kTiny = 0x33800000u;
 
   uint32_t bin[kBins];
-  float level[256 * kCopies];
+  float level[256];
   uint32_t threshold[256];  // ordered integers, ascending; the last one is above all
   uint32_t zero;            // the code of 0
   int negative;             // levels below zero
@@ -51,12 +52,12 @@ struct Codes8 {
       negative = below;
     }
     for (int j = static_cast<int>(threadIdx.x); j < 256; j += static_cast<int>(blockDim.x)) {
-      for (int copy = 0; copy < kCopies; ++copy) level[j * kCopies + copy] = codebook[j];
+      level[j] = codebook[j];
       threshold[j] = j == 255 ? 0xffffffffu : threshold_of(codebook, j);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      const float tiny = as_float(0x33800000u), least = as_float(1u);
+      const float tiny = as_float(kTiny), least = as_float(1u);
       zero = rank(ordered_bits(0.0f));
       bool fits = rank(ordered_bits(tiny)) == zero && nudged(zero, 0u) == zero;
       if (kSigned) {
@@ -73,11 +74,12 @@ struct Codes8 {
       const uint32_t binade = static_cast<uint32_t>(i) / kFine % kBinades;
       if (binade < kFirst) continue;
       const uint32_t sign = kSigned ? static_cast<uint32_t>(i) / (kFine * kBinades) : 0u;
+      const uint32_t low = (binade | 96u) << 23 | static_cast<uint32_t>(i) % kFine << kBits;
+      const uint32_t shared = (low ^ (0u - sign)) / (kPlace + 1u) * (kPlace + 1u) * kUnit;
       if (binade == kBinades - 1) {  // 1 alone
-        bin[i] = nudged(rank(ordered_bits(sign ? -1.0f : 1.0f)), sign) << 24;
+        bin[i] = (nudged(rank(ordered_bits(sign ? -1.0f : 1.0f)), sign) << 24) - shared;
         continue;
       }
-      const uint32_t low = (binade | 96u) << 23 | static_cast<uint32_t>(i) % kFine << kBits;
       const uint32_t from = sign ? ~(0x80000000u | low | kPlace) : 0x80000000u | low;
       const uint32_t base = rank(from), code = nudged(base, sign);
       uint32_t place = kPlace;
@@ -86,7 +88,7 @@ struct Codes8 {
         if (above != code) place = threshold[base] - from;
         crowded = crowded || above > code + 1u || threshold[base + 1u] - from < kPlace;
       }
-      bin[i] = code << 24 | (0x1000000u - (place + 1u) * kUnit);
+      bin[i] = (code << 24 | (0x1000000u - (place + 1u) * kUnit)) - shared;
     }
     if (crowded) searched = 1;
   }
@@ -120,23 +122,17 @@ struct Codes8 {
   }
 
   // The level of byte `place` of a word.
-  HALFBYTE_DEVICE float decode(uint32_t word, int place) const {
-    const uint32_t at = (place == 0 ? word << 4 : word >> (8 * place - 4)) & 0xff0u;
-    const uint32_t lane = threadIdx.x % kCopies * 4u;
-    return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(level) + (at | lane));
-  }
+  HALFBYTE_DEVICE float decode(uint32_t word, int place) const { return level[byte_of(word, place)]; }
 
   // The code of |q| <= 1 in the upper eight bits; not for NaN.
   HALFBYTE_DEVICE uint32_t encode(float q) const {
-    const uint32_t magnitude = as_bits(fmaxf(fabsf(q), as_float(0x33800000u)));
-    const char* bins = reinterpret_cast<const char*>(bin);
+    constexpr uint32_t kBelow = (kTiny >> kBits) - kFirst * kFine, kHalf = kFine * kBinades;
+    const uint32_t magnitude = as_bits(fmaxf(fabsf(q), as_float(kTiny)));
     if constexpr (kSigned) {
       const uint32_t sign = static_cast<uint32_t>(static_cast<int32_t>(as_bits(q)) >> 31);
-      const uint32_t at = (magnitude >> 15 & 0x1ffcu) | (sign & 0x2000u);
-      return *reinterpret_cast<const uint32_t*>(bins + at) + ((magnitude ^ sign) & kPlace) * kUnit;
+      return bin[(magnitude >> kBits) + (sign & kHalf) - kBelow] + (magnitude ^ sign) * kUnit;
     } else {
-      return *reinterpret_cast<const uint32_t*>(bins + (magnitude >> 14 & 0x3ffcu)) +
-             (magnitude & kPlace) * kUnit;
+      return bin[(magnitude >> kBits) - kBelow] + magnitude * kUnit;
     }
   }
 

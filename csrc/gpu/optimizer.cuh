@@ -11,6 +11,9 @@
 namespace halfbyte::gpu {
 
 constexpr int kEach = 8;  // elements per lane: a group of 32 has a block of 256
+constexpr int kUpdateThreads = 256;
+constexpr int kGroups = kUpdateThreads / kGroup;
+static_assert(kGroups * kUpdateBlock == kUpdateChunk);
 
 template <Optimizer kRule>
 struct Kept {
@@ -52,15 +55,6 @@ HALFBYTE_DEVICE bool any_lane(bool holds) {
   return __any(holds);
 #else
   return __any_sync(0xffffffffu, holds);
-#endif
-}
-
-// word << 8 with the upper byte of `code` below.
-HALFBYTE_DEVICE uint32_t push_byte(uint32_t word, uint32_t code) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
-  return word << 8 | code >> 24;
-#else
-  return __funnelshift_l(code, word, 8);
 #endif
 }
 
@@ -121,28 +115,51 @@ HALFBYTE_DEVICE Words<kBytes> stream(const void* p) {
   return to;
 }
 
-// Elements [at, at + kBytes / sizeof(T)) of x; zeros from `count` on.
-template <int kBytes, class T>
-HALFBYTE_DEVICE Words<kBytes> read_run(const T* x, int64_t at, int64_t count, bool whole) {
-  if (whole) return stream<kBytes>(x + at);
-  Words<kBytes> to = {};
-  T parts[kBytes / sizeof(T)] = {};
-  HALFBYTE_ROLL
-  for (int i = 0; i < static_cast<int>(kBytes / sizeof(T)); ++i) {
-    if (at + i < count) parts[i] = x[at + i];
+// Writes them, as one access: an assignment of a vector may become four of its parts.
+template <int kBytes>
+HALFBYTE_DEVICE void stream_to(void* p, Words<kBytes> from) {
+#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+  store<kBytes>(p, from);
+#else
+  if constexpr (kBytes == 16) {
+    __stcs(static_cast<uint4*>(p), uint4{from.w[0], from.w[1], from.w[2], from.w[3]});
+  } else if constexpr (kBytes == 8) {
+    __stcs(static_cast<uint2*>(p), uint2{from.w[0], from.w[1]});
+  } else {
+    static_assert(kBytes == 4);
+    __stcs(static_cast<uint32_t*>(p), from.w[0]);
   }
-  memcpy(&to, parts, kBytes);
-  return to;
+#endif
 }
 
-template <int kBytes, class T>
-HALFBYTE_DEVICE void write_run(T* x, int64_t at, int64_t count, bool whole, Words<kBytes> from) {
-  if (whole) return store<kBytes>(x + at, from);
-  T parts[kBytes / sizeof(T)];
-  memcpy(parts, &from, kBytes);
-  HALFBYTE_ROLL
-  for (int i = 0; i < static_cast<int>(kBytes / sizeof(T)); ++i) {
-    if (at + i < count) x[at + i] = parts[i];
+// Elements [at, at + kBytes / sizeof(T)) of x; not kWhole: of any alignment, zeros from `count` on.
+template <int kBytes, bool kWhole, class T>
+HALFBYTE_DEVICE Words<kBytes> read_run(const T* x, int64_t at, int64_t count) {
+  if constexpr (kWhole) {
+    return stream<kBytes>(x + at);
+  } else {
+    Words<kBytes> to = {};
+    T parts[kBytes / sizeof(T)] = {};
+    HALFBYTE_ROLL
+    for (int i = 0; i < static_cast<int>(kBytes / sizeof(T)); ++i) {
+      if (at + i < count) parts[i] = x[at + i];
+    }
+    memcpy(&to, parts, kBytes);
+    return to;
+  }
+}
+
+template <int kBytes, bool kWhole, class T>
+HALFBYTE_DEVICE void write_run(T* x, int64_t at, int64_t count, Words<kBytes> from) {
+  if constexpr (kWhole) {
+    stream_to<kBytes>(x + at, from);
+  } else {
+    T parts[kBytes / sizeof(T)];
+    memcpy(parts, &from, kBytes);
+    HALFBYTE_ROLL
+    for (int i = 0; i < static_cast<int>(kBytes / sizeof(T)); ++i) {
+      if (at + i < count) x[at + i] = parts[i];
+    }
   }
 }
 
@@ -185,17 +202,48 @@ struct Lanes8 {
   }
 };
 
+// A block of a tensor.
+struct Spot {
+  UpdateTensor t;
+  int64_t block;  // its number in the tensor
+  bool whole;     // whether it is full and lies as wide accesses want it
+
+  // This thread's group's block of a chunk.
+  HALFBYTE_DEVICE Spot(const Update& update, uint32_t chunk, int32_t number) {
+    Words<16> words[sizeof(UpdateTensor) / 16];
+    HALFBYTE_UNROLL
+    for (unsigned i = 0; i < sizeof(UpdateTensor) / 16; ++i) {
+      words[i] = load<16>(reinterpret_cast<const uint4*>(update.tensor + number) + i);
+    }
+    memcpy(&t, words, sizeof(t));
+    block = (chunk - t.first) * kGroups + threadIdx.x / kGroup;
+    whole = t.whole != 0 && (block + 1) * kUpdateBlock <= t.count;
+  }
+
+  HALFBYTE_DEVICE int64_t first() const { return block * kUpdateBlock; }
+
+  // Whether all lanes in lockstep with this one have a block beyond the tensor, so that none waits for another.
+  HALFBYTE_DEVICE bool beyond() const {
+    int64_t begin = first();
+#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+    if (threadIdx.x / kGroup % 2 != 0) begin -= kUpdateBlock;  // a wave of 64 may begin there
+#endif
+    return begin >= t.count;
+  }
+};
+
 // A lane's part of a block as it lies in memory.
 template <Optimizer kRule, class T, bool k8>
 struct Piece {
   static constexpr int states = Kept<kRule>::all, firsts = Kept<kRule>::first;
   using L = Lanes8<T, k8>;
   using S = std::conditional_t<k8, uint8_t, float>;
+  using Run = Words<L::run * sizeof(T)>;
+  using StateRun = Words<L::run * sizeof(S)>;
 
-  Words<L::run * sizeof(T)> p[L::runs], g[L::runs];
-  Words<L::run * sizeof(S)> state[states][L::runs];
+  Run p[L::runs], g[L::runs];
+  StateRun state[states][L::runs];
   float scale[k8 ? states : 1];
-  bool whole;
 
   static HALFBYTE_DEVICE S* state_of(const UpdateTensor& t, int j) {
     if (j >= firsts) return static_cast<S*>(t.state2);
@@ -206,29 +254,67 @@ struct Piece {
     return j >= firsts ? t.absmax2 : t.absmax1 + (j == 1 ? t.slow : 0);
   }
 
-  HALFBYTE_DEVICE void read(const UpdateTensor& t, int64_t first) {
-    whole = t.whole != 0 && first + kUpdateBlock <= t.count;
+  HALFBYTE_DEVICE void read(const Spot& spot) {
+    if (spot.whole) {
+      read_as<true>(spot);
+    } else {
+      read_as<false>(spot);
+    }
+  }
+
+  template <bool kWhole>
+  HALFBYTE_DEVICE void read_as(const Spot& spot) {
+    const UpdateTensor& t = spot.t;
     HALFBYTE_UNROLL
     for (int r = 0; r < L::runs; ++r) {
-      const int64_t at = first + L::place(r);
-      p[r] = read_run<L::run * sizeof(T)>(static_cast<const T*>(t.param), at, t.count, whole);
-      g[r] = read_run<L::run * sizeof(T)>(static_cast<const T*>(t.grad), at, t.count, whole);
+      const int64_t at = spot.first() + L::place(r);
+      p[r] = read_run<sizeof(Run), kWhole>(static_cast<const T*>(t.param), at, t.count);
+      g[r] = read_run<sizeof(Run), kWhole>(static_cast<const T*>(t.grad), at, t.count);
       HALFBYTE_UNROLL
       for (int j = 0; j < states; ++j) {
-        state[j][r] = read_run<L::run * sizeof(S)>(static_cast<const S*>(state_of(t, j)), at, t.count, whole);
+        state[j][r] = read_run<sizeof(StateRun), kWhole>(static_cast<const S*>(state_of(t, j)), at, t.count);
       }
     }
     if constexpr (k8) {
       HALFBYTE_UNROLL
       for (int j = 0; j < states; ++j) {
-        scale[j] = first < t.count ? absmax_of(t, j)[first / kUpdateBlock] : 0.0f;
+        const bool there = kWhole || spot.first() < t.count;
+        scale[j] = there ? absmax_of(t, j)[spot.block] : 0.0f;
       }
     }
   }
 
+  // Of what read() has: parameters and states; scales are written by one lane.
+  HALFBYTE_DEVICE void write(const Spot& spot) const {
+    if (spot.whole) {
+      write_as<true>(spot);
+    } else {
+      write_as<false>(spot);
+    }
+  }
+
+  template <bool kWhole>
+  HALFBYTE_DEVICE void write_as(const Spot& spot) const {
+    const UpdateTensor& t = spot.t;
+    HALFBYTE_UNROLL
+    for (int r = 0; r < L::runs; ++r) {
+      const int64_t at = spot.first() + L::place(r);
+      write_run<sizeof(Run), kWhole>(static_cast<T*>(t.param), at, t.count, p[r]);
+      HALFBYTE_UNROLL
+      for (int j = 0; j < states; ++j) {
+        write_run<sizeof(StateRun), kWhole>(state_of(t, j), at, t.count, state[j][r]);
+      }
+    }
+    if constexpr (k8) {
+      if (threadIdx.x % kGroup != 0 || spot.first() >= t.count) return;
+      HALFBYTE_UNROLL
+      for (int j = 0; j < states; ++j) absmax_of(t, j)[spot.block] = scale[j];
+    }
+  }
+
   // Whether element i of this lane is there.  Where it is not, codes are 0, which may be no state of 0.
-  static HALFBYTE_DEVICE bool has(const UpdateTensor& t, int64_t first, int i) {
-    return first + L::place(i / L::run) + i % L::run < t.count;
+  static HALFBYTE_DEVICE bool has(const Spot& spot, int i) {
+    return spot.first() + L::place(i / L::run) + i % L::run < spot.t.count;
   }
 
   HALFBYTE_DEVICE void widen_param(float* to) const {
@@ -255,6 +341,24 @@ struct Piece {
         to[i] = as_float(state[j][i / 4].w[i % 4]);
       }
     }
+  }
+
+  // Takes parameters, rounded; at random where the step says so.
+  HALFBYTE_DEVICE void narrow_param(const Spot& spot, bool stochastic, uint32_t drawn, float* moved) {
+    if constexpr (std::is_same_v<T, BFloat>) {
+      if (stochastic) {
+        const uint32_t key = hash32(spot.t.seed ^ drawn);
+        for (int i = 0; i < kEach; ++i) {
+          const uint64_t index = static_cast<uint64_t>(spot.first() + L::place(i / L::run) + i % L::run);
+          const uint32_t folded = static_cast<uint32_t>(index ^ (index >> 32));
+          if (finite(moved[i])) {
+            moved[i] = as_float((as_bits(moved[i]) + (hash32(folded ^ key) >> 16)) & 0xffff0000u);
+          }
+        }
+      }
+    }
+    HALFBYTE_UNROLL
+    for (int r = 0; r < L::runs; ++r) p[r] = narrow_run<T, L::run>(moved + r * L::run);
   }
 };
 
@@ -309,30 +413,6 @@ HALFBYTE_DEVICE void apply_all(const Coefficients& c, const float* p, const floa
   }
 }
 
-// Rounds and stores a lane's parameters of the block from `first`.
-template <class T, bool k8>
-HALFBYTE_DEVICE void write_param(const UpdateTensor& t, int64_t first, bool whole, bool stochastic,
-                                 uint32_t drawn, float* moved) {
-  using L = Lanes8<T, k8>;
-  if constexpr (std::is_same_v<T, BFloat>) {
-    if (stochastic) {
-      const uint32_t key = hash32(t.seed ^ drawn);
-      for (int i = 0; i < kEach; ++i) {
-        const uint64_t index = static_cast<uint64_t>(first + L::place(i / L::run) + i % L::run);
-        const uint32_t folded = static_cast<uint32_t>(index ^ (index >> 32));
-        if (finite(moved[i])) {
-          moved[i] = as_float((as_bits(moved[i]) + (hash32(folded ^ key) >> 16)) & 0xffff0000u);
-        }
-      }
-    }
-  }
-  HALFBYTE_UNROLL
-  for (int r = 0; r < L::runs; ++r) {
-    write_run<L::run * sizeof(T)>(static_cast<T*>(t.param), first + L::place(r), t.count, whole,
-                                  narrow_run<T, L::run>(moved + r * L::run));
-  }
-}
-
 HALFBYTE_DEVICE Coefficients coefficients_of(const Update& update) {
   return update.coefficients != nullptr ? *update.coefficients : update.host;
 }
@@ -355,23 +435,6 @@ const char* with_rule(Optimizer optimizer, const Function& f) {
       return f(std::integral_constant<Optimizer, Optimizer::adagrad>());
   }
   return "unknown optimizer";
-}
-
-constexpr int kUpdateThreads = 256;
-constexpr int kGroups = kUpdateThreads / kGroup;
-static_assert(kGroups * kUpdateBlock == kUpdateChunk);
-
-// Whether all lanes in lockstep with this one have a piece beyond the tensor, so that none waits for another.
-HALFBYTE_DEVICE bool beyond(int64_t first, int64_t count) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
-  if (threadIdx.x / kGroup % 2 != 0) first -= kUpdateBlock;  // a wave of 64 may begin there
-#endif
-  return first >= count;
-}
-
-// Where this thread's group has its block of a chunk.
-HALFBYTE_DEVICE int64_t piece_begins(int64_t chunk, const UpdateTensor& t) {
-  return (chunk - t.first) * kUpdateChunk + static_cast<int>(threadIdx.x) / kGroup * kUpdateBlock;
 }
 
 }  // namespace halfbyte::gpu

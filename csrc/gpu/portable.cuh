@@ -243,6 +243,24 @@ HALFBYTE_DEVICE uint32_t last_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t
 #endif
 }
 
+// The first bytes of four words, the first one's lowest.
+HALFBYTE_DEVICE uint32_t upper_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+  return a >> 24 | b >> 24 << 8 | c >> 24 << 16 | d >> 24 << 24;
+#else
+  return __byte_perm(__byte_perm(a, b, 0x73), __byte_perm(c, d, 0x73), 0x5410);
+#endif
+}
+
+// Byte i of a word.
+HALFBYTE_DEVICE uint32_t byte_of(uint32_t word, int i) {
+#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+  return word >> 8 * i & 255u;
+#else
+  return __byte_perm(word, 0, 0x4440u + static_cast<uint32_t>(i));
+#endif
+}
+
 // The sum over the lanes of a warp; every lane gets it.
 template <int Lanes, class T>
 HALFBYTE_DEVICE T warp_sum(T value) {

@@ -86,14 +86,6 @@ HALFBYTE_DEVICE uint32_t encode_searched(float s, const float* midpoints) {
   return static_cast<uint32_t>(code + (code < kMidpoints && s == midpoints[code] && code % 2 == 1 ? 1 : 0));
 }
 
-HALFBYTE_DEVICE uint32_t upper_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
-  return a >> 24 | b >> 24 << 8 | c >> 24 << 16 | d >> 24 << 24;
-#else
-  return __byte_perm(__byte_perm(a, b, 0x73), __byte_perm(c, d, 0x73), 0x5410);
-#endif
-}
-
 template <class T, bool Wide>
 __global__ void __launch_bounds__(Wide ? 512 : 256)
     quantize_8bit_kernel(const T* __restrict__ x, int64_t count, const float* __restrict__ codebook,

@@ -44,12 +44,11 @@ __global__ void __launch_bounds__(kUpdateThreads) sums_kernel(const Update updat
   if constexpr (k8) books.fill(update.codebook1, update.codebook2);
   const Coefficients c = coefficients_of(update);
   for (int64_t chunk = blockIdx.x; chunk < update.chunks; chunk += gridDim.x) {
-    const UpdateTensor& t = update.tensor[update.chunk[chunk]];
+    const Spot spot(update, static_cast<uint32_t>(chunk), update.chunk[chunk]);
     Sums sums = {0.0, 0.0};
-    const int64_t first = piece_begins(chunk, t);
-    if (first < t.count) {
+    if (spot.first() < spot.t.count) {
       Piece<kRule, T, k8> piece;
-      piece.read(t, first);
+      piece.read(spot);
       float p[kEach], g[kEach], u[kEach], s[states][kEach];
       piece.widen_param(p);
       piece.widen_grad(g, c.scale);
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(kUpdateThreads) sums_kernel(const Update updat
       apply_all<kRule, T>(c, p, g, s, u);
       HALFBYTE_UNROLL
       for (int e = 0; e < kEach; ++e) {
-        if (!piece.whole && !Piece<kRule, T, k8>::has(t, first, e)) continue;
+        if (!spot.whole && !Piece<kRule, T, k8>::has(spot, e)) continue;
         sums.param += square(p[e]);
         sums.update += square(u[e]);
       }

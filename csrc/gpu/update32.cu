@@ -10,8 +10,8 @@ namespace halfbyte::gpu {
 namespace {
 
 template <Optimizer kRule, class T>
-HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c, const UpdateTensor& t, float size,
-                          int64_t first, const Piece<kRule, T, false>& piece) {
+HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c, const Spot& spot, float size,
+                          Piece<kRule, T, false>& piece) {
   constexpr int states = Kept<kRule>::all;
   using L = Lanes8<T, false>;
   float p[kEach], g[kEach], u[kEach], s[states][kEach];
@@ -32,15 +32,13 @@ HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c, const Upd
         s[j][i] = g[i] == 0.0f ? as_float(piece.state[j][i / 4].w[i % 4]) : s[j][i];
     }
   }
-  write_param<T, false>(t, first, piece.whole, update.stochastic, c.drawn, u);
+  piece.narrow_param(spot, update.stochastic, c.drawn, u);
   HALFBYTE_UNROLL
   for (int j = 0; j < states; ++j) {
     HALFBYTE_UNROLL
-    for (int r = 0; r < L::runs; ++r) {
-      write_run<L::run * 4>(Piece<kRule, T, false>::state_of(t, j), first + L::place(r), t.count, piece.whole,
-                            narrow_run<float, L::run>(s[j] + r * L::run));
-    }
+    for (int r = 0; r < L::runs; ++r) piece.state[j][r] = narrow_run<float, L::run>(s[j] + r * L::run);
   }
+  piece.write(spot);
 }
 
 template <Optimizer kRule, class T>
@@ -50,13 +48,12 @@ __global__ void __launch_bounds__(kUpdateThreads) update_32bit_kernel(const Upda
   for (int64_t chunk = blockIdx.x; chunk < update.chunks; chunk += gridDim.x) {
     const int32_t number = next;
     if (chunk + gridDim.x < update.chunks) next = update.chunk[chunk + gridDim.x];
-    const UpdateTensor& t = update.tensor[number];
+    const Spot spot(update, static_cast<uint32_t>(chunk), number);
     const float size = update.sizes != nullptr ? update.sizes[number] : c.size;
-    const int64_t first = piece_begins(chunk, t);
-    if (first >= t.count) continue;
+    if (spot.first() >= spot.t.count) continue;
     Piece<kRule, T, false> piece;
-    piece.read(t, first);
-    step<kRule, T>(update, c, t, size, first, piece);
+    piece.read(spot);
+    step<kRule, T>(update, c, spot, size, piece);
   }
 }
 

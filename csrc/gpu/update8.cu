@@ -12,17 +12,28 @@
 namespace halfbyte::gpu {
 namespace {
 
+// 1 / x, correctly rounded, for x from 2^-60 to 2^100.
+HALFBYTE_DEVICE float reciprocal_of(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return fmaf(fmaf(-x, r, 1.0f), r, r);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // state / largest, correctly rounded, of a whole lane: with a correctly rounded reciprocal one step is enough
 // (Markstein 1990, IBM J. Res. Dev. 34), as long as the remainder is no subnormal; scaling by a power of two sees
 // to that.  0 / 0 is 0.
 HALFBYTE_DEVICE void divide(float* s, float largest) {
   if (largest < 0x1p-60f || largest > 0x1p100f) {
     const float factor = largest < 1.0f ? 0x1p90f : 0x1p-90f;
-    largest = largest * factor;
+    largest = largest == 0.0f ? 1.0f : largest * factor;
     HALFBYTE_UNROLL
     for (int i = 0; i < kEach; ++i) s[i] = s[i] * factor;
   }
-  const float r = largest == 0.0f ? 0.0f : 1.0f / largest;
+  const float r = reciprocal_of(largest);
   HALFBYTE_UNROLL
   for (int i = 0; i < kEach; ++i) {
     const float q = s[i] * r;
@@ -31,43 +42,57 @@ HALFBYTE_DEVICE void divide(float* s, float largest) {
 }
 
 template <class L, class Book>
-HALFBYTE_DEVICE void encode(const Book& book, const float* q, Words<L::run>* to) {
-  const bool searched = book.searched != 0;
+HALFBYTE_DEVICE void encode(const Book& book, bool searched, const float* q, Words<L::run>* to) {
   HALFBYTE_UNROLL
   for (int word = 0; word < kEach / 4; ++word) {
-    uint32_t codes = 0;
+    uint32_t code[4];
     if (searched) {
       HALFBYTE_UNROLL
-      for (int i = 3; i >= 0; --i) codes = push_byte(codes, book.search(q[4 * word + i]));
+      for (int i = 0; i < 4; ++i) code[i] = book.search(q[4 * word + i]);
     } else {
       HALFBYTE_UNROLL
-      for (int i = 3; i >= 0; --i) codes = push_byte(codes, book.encode(q[4 * word + i]));
+      for (int i = 0; i < 4; ++i) code[i] = book.encode(q[4 * word + i]);
     }
-    to[word * 4 / L::run].w[word * 4 % L::run / 4] = codes;
+    to[word * 4 / L::run].w[word * 4 % L::run / 4] = upper_bytes(code[0], code[1], code[2], code[3]);
   }
 }
 
-// kRare: whether zeros are skipped or parameters rounded stochastically.
+// What the elements of a lane are before the step; takes no registers where no zeros are skipped.
+template <Optimizer kRule, bool kRare>
+struct Values {
+  static constexpr int states = Kept<kRule>::all;
+  float p[kEach], g[kEach], s[states][kEach], old[kRare ? states : 1][kRare ? kEach : 1];
+
+  template <class Piece, class Books>
+  HALFBYTE_DEVICE Values(const Piece& piece, const Books& books, float factor) {
+    piece.widen_param(p);
+    piece.widen_grad(g, factor);
+    HALFBYTE_UNROLL
+    for (int j = 0; j < states; ++j) {
+      piece.widen_state(j, books, s[j]);
+      if constexpr (kRare) memcpy(old[j], s[j], sizeof(s[j]));
+    }
+  }
+};
+
+// kRare: whether zeros are skipped, parameters rounded stochastically or steps sized per tensor.  A load more would
+// wait with those of the next block, as they share a scoreboard.
 template <Optimizer kRule, class T, bool kRare>
 HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c,
-                          const Books<(Kept<kRule>::second > 0)>& books, const UpdateTensor& t, float size,
-                          int64_t first, const Piece<kRule, T, true>& piece) {
+                          const Books<(Kept<kRule>::second > 0)>& books, const Spot& spot, float size,
+                          Values<kRule, kRare>& v, bool searched) {
   constexpr int states = Kept<kRule>::all;
-  using L = Lanes8<T, true>;
-  float p[kEach], g[kEach], u[kEach], s[states][kEach];
-  piece.widen_param(p);
-  piece.widen_grad(g, c.scale);
-  HALFBYTE_UNROLL
-  for (int j = 0; j < states; ++j) piece.widen_state(j, books, s[j]);
-  apply_all<kRule, T>(c, p, g, s, u);
-  if (!piece.whole) {
+  using Piece = Piece<kRule, T, true>;
+  float u[kEach];
+  apply_all<kRule, T>(c, v.p, v.g, v.s, u);
+  if (!spot.whole) {
     HALFBYTE_UNROLL
     for (int i = 0; i < kEach; ++i) {
-      if (Piece<kRule, T, true>::has(t, first, i)) continue;
+      if (Piece::has(spot, i)) continue;
       u[i] = 0.0f;
-      g[i] = 1.0f;  // not skipped: that would bring the state back
+      v.g[i] = 1.0f;  // not skipped: that would bring the state back
       HALFBYTE_UNROLL
-      for (int j = 0; j < states; ++j) s[j][i] = 0.0f;
+      for (int j = 0; j < states; ++j) v.s[j][i] = 0.0f;
     }
   }
 
@@ -76,7 +101,7 @@ HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c,
   for (int j = 0; j < states; ++j) {
     largest[j] = 0.0f;
     HALFBYTE_UNROLL
-    for (int i = 0; i < kEach; ++i) largest[j] = max_or_nan(largest[j], fabsf(s[j][i]));
+    for (int i = 0; i < kEach; ++i) largest[j] = max_or_nan(largest[j], fabsf(v.s[j][i]));
     most = max_or_nan(most, largest[j]);
   }
   if constexpr (kRule != Optimizer::momentum) {
@@ -89,93 +114,83 @@ HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c,
     for (int i = 0; i < kEach; ++i) {
       bool good = finite(u[i]);
       HALFBYTE_UNROLL
-      for (int j = 0; j < states; ++j) good = good && finite(s[j][i]);
+      for (int j = 0; j < states; ++j) good = good && finite(v.s[j][i]);
       if (good) continue;
       kept |= 1u << i;
       u[i] = 0.0f;
       HALFBYTE_UNROLL
-      for (int j = 0; j < states; ++j) s[j][i] = 0.0f;
+      for (int j = 0; j < states; ++j) v.s[j][i] = 0.0f;
     }
     HALFBYTE_UNROLL
-    for (int j = 0; j < states; ++j) largest[j] = magnitude<kEach>(s[j]);
+    for (int j = 0; j < states; ++j) largest[j] = magnitude<kEach>(v.s[j]);
   }
   if constexpr (kRare) {
     if (update.skip_zeros) {
       HALFBYTE_UNROLL
-      for (int i = 0; i < kEach; ++i) kept |= static_cast<uint32_t>(g[i] == 0.0f) << i;
+      for (int i = 0; i < kEach; ++i) kept |= static_cast<uint32_t>(v.g[i] == 0.0f) << i;
       HALFBYTE_UNROLL
       for (int j = 0; j < states; ++j) {
-        float old[kEach];
-        piece.widen_state(j, books, old);
         HALFBYTE_UNROLL
-        for (int i = 0; i < kEach; ++i) s[j][i] = g[i] == 0.0f ? old[i] : s[j][i];
-        largest[j] = magnitude<kEach>(s[j]);
+        for (int i = 0; i < kEach; ++i) v.s[j][i] = v.g[i] == 0.0f ? v.old[j][i] : v.s[j][i];
+        largest[j] = magnitude<kEach>(v.s[j]);
       }
     }
   }
   HALFBYTE_UNROLL
-  for (int i = 0; i < kEach; ++i) u[i] = p[i] * c.decay - u[i] * size;
+  for (int i = 0; i < kEach; ++i) u[i] = v.p[i] * c.decay - u[i] * size;
   if (kept != 0) {
     HALFBYTE_UNROLL
-    for (int i = 0; i < kEach; ++i) u[i] = kept >> i & 1u ? p[i] : u[i];
+    for (int i = 0; i < kEach; ++i) u[i] = kept >> i & 1u ? v.p[i] : u[i];
   }
-  write_param<T, true>(t, first, piece.whole, kRare && update.stochastic, c.drawn, u);
 
+  Piece piece;
+  piece.narrow_param(spot, kRare && update.stochastic, c.drawn, u);
   HALFBYTE_UNROLL
   for (int j = 0; j < states; ++j) {
-    const float its = group_max(largest[j]);
-    divide(s[j], its);
-    Words<L::run> codes[L::runs];
+    piece.scale[j] = group_max(largest[j]);
+    divide(v.s[j], piece.scale[j]);
     if (j >= Kept<kRule>::first) {
-      encode<L>(books.second, s[j], codes);
+      encode<typename Piece::L>(books.second, searched, v.s[j], piece.state[j]);
     } else {
-      encode<L>(books.first, s[j], codes);
-    }
-    HALFBYTE_UNROLL
-    for (int r = 0; r < L::runs; ++r) {
-      write_run<L::run>(Piece<kRule, T, true>::state_of(t, j), first + L::place(r), t.count, piece.whole,
-                        codes[r]);
-    }
-    if (threadIdx.x % kGroup == 0 && first < t.count) {
-      Piece<kRule, T, true>::absmax_of(t, j)[first / kUpdateBlock] = its;
+      encode<typename Piece::L>(books.first, searched, v.s[j], piece.state[j]);
     }
   }
+  piece.write(spot);
 }
 
+// Thread blocks of a multiprocessor, as many as registers allow.
+template <Optimizer kRule>
+constexpr int kBlocks = 5 - Kept<kRule>::all;
+
 template <Optimizer kRule, class T, bool kRare>
-__global__ void __launch_bounds__(kUpdateThreads, 3) update_8bit_kernel(const Update update) {
-  using Piece = Piece<kRule, T, true>;
+__global__ void __launch_bounds__(kUpdateThreads, kBlocks<kRule>) update_8bit_kernel(const Update update) {
   __shared__ Books<(Kept<kRule>::second > 0)> books;
   books.fill(update.codebook1, update.codebook2);
+  const bool searched = books.first.searched != 0 || books.second.searched != 0;
   const Coefficients c = coefficients_of(update);
-  const int64_t stride = gridDim.x;
-  // Two ahead: the number of a tensor; one ahead: its elements.
-  int32_t number = update.chunk[blockIdx.x], after = number;
-  if (blockIdx.x + stride < update.chunks) after = update.chunk[blockIdx.x + stride];
-  Piece piece;
-  piece.read(update.tensor[number], piece_begins(blockIdx.x, update.tensor[number]));
+  const uint32_t stride = gridDim.x, last = static_cast<uint32_t>(update.chunks) - 1u;
+  const auto bounded = [=](uint32_t chunk) { return chunk < last ? chunk : last; };
+  // Two ahead: the number of a tensor; one ahead: its elements.  Where they lie is read again for writing.
+  int32_t number = update.chunk[blockIdx.x], after = update.chunk[bounded(blockIdx.x + stride)];
+  Piece<kRule, T, true> piece;
+  piece.read(Spot(update, blockIdx.x, number));
   HALFBYTE_ROLL
-  for (int64_t chunk = blockIdx.x; chunk < update.chunks; chunk += stride) {
-    Piece next = piece;
-    if (chunk + stride < update.chunks) {
-      next.read(update.tensor[after], piece_begins(chunk + stride, update.tensor[after]));
-    }
-    const UpdateTensor& t = update.tensor[number];
-    const int64_t first = piece_begins(chunk, t);
-    if (!beyond(first, t.count)) {
-      const float size = update.sizes != nullptr ? update.sizes[number] : c.size;
-      step<kRule, T, kRare>(update, c, books, t, size, first, piece);
-    }
-    piece = next;
+  for (uint32_t chunk = blockIdx.x; chunk <= last; chunk += stride) {
+    Values<kRule, kRare> values(piece, books, c.scale);
+    piece.read(Spot(update, bounded(chunk + stride), after));
+    const Spot spot(update, chunk, number);
+    float size = c.size;
+    if constexpr (kRare) size = update.sizes != nullptr ? update.sizes[number] : size;
     number = after;
-    if (chunk + 2 * stride < update.chunks) after = update.chunk[chunk + 2 * stride];
+    after = update.chunk[bounded(chunk + 2 * stride)];
+    if (!spot.beyond()) step<kRule, T, kRare>(update, c, books, spot, size, values, searched);
   }
 }
 
 template <Optimizer kRule, class T>
 const char* launch(const Update& update, void* stream) {
-  const unsigned grid = grid_for(update.chunks, 3);
-  if (update.skip_zeros || update.stochastic) {
+  const unsigned grid = grid_for(update.chunks, kBlocks<kRule>);
+  if (update.skip_zeros || update.stochastic || update.sizes != nullptr) {
     HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, true>), grid, kUpdateThreads, 0, stream, update);
   } else {
     HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, false>), grid, kUpdateThreads, 0, stream, update);

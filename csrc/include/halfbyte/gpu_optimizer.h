@@ -12,7 +12,7 @@ constexpr int64_t kUpdateBlock = 256;   // the only block size of 8-bit states
 constexpr int kUpdateFields = 9;        // of a tensor, see plan_update
 
 // One parameter.  States are fp32, or uint8 codes with absmax; what an optimizer does not keep is nullptr.
-struct UpdateTensor {
+struct alignas(16) UpdateTensor {
   void* param;
   const void* grad;
   void* state1;  // AdEMAMix: two of them, one behind the other
