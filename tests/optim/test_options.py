@@ -1,14 +1,12 @@
-"""What halfbyte adds: fused_clip, stochastic_rounding, capturable; and paging, which is not here yet."""
+"""What halfbyte adds: fused_clip, stochastic_rounding, capturable."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 
-from halfbyte import HalfbyteWarning, optim
+from halfbyte import optim
 from halfbyte.ops import rules
-from halfbyte.optim import state as states
 
 # -- fused_clip ----------------------------------------------------------------------------------------------
 
@@ -169,32 +167,6 @@ def test_capturable_is_a_choice_of_the_optimizer_and_not_of_the_file(build, rand
     assert len(calls) == 1  # the counts are shared again
     assert isinstance(other.state[params[0]]["step"], torch.Tensor if loaded else int)
     assert float(other.state[params[0]]["step"]) == 2
-
-
-# -- paging --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["PagedAdam8bit", "PagedAdamW", "PagedAdEMAMix32bit", "PagedLion8bit"])
-def test_paged_optimizer_on_the_cpu_warns_once_and_has_ordinary_states(build, randn, step, name):
-    params = [randn(400, 300), randn(70, 60)]
-    optimizer = build(name, params)
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step(optimizer, params)
-        step(optimizer, params)
-
-    assert [(one.category, "paging to the host is not in this release" in str(one.message)) for one in caught] == [
-        (HalfbyteWarning, True)
-    ]
-    assert optimizer.state[params[0]]["state1"].device.type == "cpu"
-
-
-def test_only_large_states_of_an_accelerator_would_be_paged():
-    large, small = torch.empty(100_000, device="meta"), torch.empty(99_999, device="meta")
-
-    assert [states.home(one, paged=True)[1] is None for one in (large, small)] == [False, True]
-    assert states.home(large, paged=False) == (large.device, None)
 
 
 def test_every_rule_has_a_class():

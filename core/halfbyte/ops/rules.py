@@ -239,10 +239,26 @@ def hash32(x: Any) -> Any:
     return x ^ (x >> 16)
 
 
+def unhash32(x: int) -> int:
+    """What hash32 makes x of."""
+    x = (x ^ (x >> 16)) * pow(0x846CA68B, -1, 1 << 32) & 0xFFFFFFFF
+    x = (x ^ (x >> 15) ^ (x >> 30)) * pow(0x7FEB352D, -1, 1 << 32) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 def rounding_key(seed: int, step: Number) -> Any:
     """What a parameter's random bits of one step are drawn from."""
     step = step.long() if isinstance(step, Tensor) else int(step)
     return hash32((seed ^ hash32(step & 0xFFFFFFFF)) & 0xFFFFFFFF)
+
+
+def seed_from(seed: int, step: int, first: int) -> int:
+    """The seed with which a part of a parameter, stepped by itself, draws the bits that it has in the whole.
+
+    first  number of the part's first element: a multiple of a power of two that is not below the part's length
+    """
+    folded = (first ^ (first >> 32)) & 0xFFFFFFFF
+    return unhash32(rounding_key(seed, step) ^ folded) ^ hash32(step & 0xFFFFFFFF)  # type: ignore[no-any-return]
 
 
 def stochastically_rounded(value: Tensor, seed: int, step: Number) -> Tensor:

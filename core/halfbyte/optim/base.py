@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,12 +19,13 @@ from ..errors import HalfbyteWarning, InputError
 from ..kernel import show
 from ..ops.checks import FLOATS
 from ..ops.rules import RULES, hash32
-from . import checkpoint, memory, steps
-from .bucket import Bucket, count, require_kernels
+from . import checkpoint, memory, paging, steps
+from .bucket import Bucket, Lists, count, require_kernels
 from .clip import clip_factor
+from .lanes import LANES
 from .manager import GlobalOptimManager
 from .options import Config, parse_betas, resolve
-from .state import State, create, fits, home, refit, share_codebooks
+from .state import PAGED_FROM, State, create, fits, refit, share_codebooks
 
 # A compiled function calls what is marked so as it is: a step is a few opaque op calls, with nothing to fuse.
 _eager = torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
@@ -54,7 +56,10 @@ class Optimizer(torch.optim.Optimizer):
     optim_bits           8 or 32, of the states
     min_8bit_size        a parameter of fewer elements has 32-bit states all the same
     max_unorm            bound on norm(update) / norm(parameter); 0 for none
-    is_paged             keep large states on the host.  Not in this release: they stay on the device, with a warning.
+    is_paged             keep states of 100,000 elements and more in pinned memory of the host, and update them in
+                         pieces that pass through the device.  A step then waits until they are back.  Of parameters
+                         on the CPU states stay where they are, with a warning.
+    paged_budget         bytes that the buffers of all pieces may take on a device, of which 128 MiB are used at most
     fused_clip           bound on the norm of all gradients of a step together, as torch.nn.utils.clip_grad_norm_
                          would set it, but gradients are scaled while they are read and keep their values
     stochastic_rounding  of bfloat16 parameters: round up or down with a chance that makes the mean exact; the bits
@@ -93,7 +98,12 @@ class Optimizer(torch.optim.Optimizer):
         fused_clip: float | None = None,
         stochastic_rounding: bool = False,
         capturable: bool = False,
+        paged_budget: int = paging.BUDGET,
     ) -> None:
+        if paged_budget < paging.LEAST:
+            raise InputError(f"paged_budget must be at least {paging.LEAST:,} bytes; got {paged_budget:,}")
+        if capturable and (is_paged or self.paged):
+            raise InputError("capturable and paging exclude each other: a CUDA graph cannot hold a step that waits")
         if fused_clip is not None and not 0 < fused_clip < math.inf:
             raise InputError(f"fused_clip must be None, or finite and above 0; got {fused_clip}")
         self.args = args or SimpleNamespace(
@@ -103,7 +113,9 @@ class Optimizer(torch.optim.Optimizer):
         self.fused_clip = fused_clip
         self.stochastic_rounding = stochastic_rounding
         self.capturable = capturable
+        self.paged_budget = paged_budget
         self._told_of_paging = False
+        self._pager = paging.Pager(paged_budget)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if RULES[self.rule].states[1]:
             defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
@@ -115,11 +127,13 @@ class Optimizer(torch.optim.Optimizer):
         return int(self.args.optim_bits)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("args", "is_paged", "fused_clip", "stochastic_rounding", "capturable", "_told_of_paging")
+        own = ("args", "is_paged", "paged_budget", "fused_clip", "stochastic_rounding", "capturable", "_told_of_paging")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, content: dict[str, Any]) -> None:
         super().__setstate__(content)
+        if "_pager" not in self.__dict__:  # a copy's states are paged anew when it steps
+            self._pager = paging.Pager(self.paged_budget)
         share_codebooks(self.state.values())
 
     @_eager
@@ -184,13 +198,17 @@ class Optimizer(torch.optim.Optimizer):
         if self.fused_clip is not None:
             scale = clip_factor(((job.key, job.grad) for job in jobs), self.fused_clip)
         buckets = self._buckets(jobs)
-        calls = [(bucket, *bucket.arguments(self.rule, scale)) for bucket in buckets if bucket.params]
+        calls = [(bucket, *bucket.arguments(bucket.lists, scale)) for bucket in buckets if bucket.lists.params]
         if len(calls) > 1:
             require_kernels([(name, args) for _, name, args in calls])
-        done = [bucket for bucket in buckets if not bucket.params]
+        done = [bucket for bucket in buckets if not bucket.lists.params]
         try:
             for bucket, name, args in calls:
-                bucket.run(name, args)
+                if bucket.paged:
+                    self._pager.run(bucket, partial(_update_part, bucket, scale))
+                else:
+                    bucket.call(name, args)
+                bucket.finish()
                 done.append(bucket)
         finally:  # what has moved has taken a step, though a later call may fail
             count(done)
@@ -224,8 +242,9 @@ class Optimizer(torch.optim.Optimizer):
         if (param.dtype, param.device, param.shape) != (grad.dtype, grad.device, grad.shape):
             its, ours = (f"{show(one.dtype)} {tuple(one.shape)} on {one.device}" for one in (grad, param))
             return f"must have a gradient of its own dtype, shape and device, {ours}; got {its}"
-        if sharded and config.max_unorm > 0:
-            return "is sharded: max_unorm needs the norm of the whole parameter"
+        if config.max_unorm > 0 and (sharded or self._pages(param)):
+            how = "sharded" if sharded else "paged"
+            return f"is {how}, and stepped in parts: max_unorm needs the norm of the whole parameter"
         return None
 
     def _buckets(self, jobs: list[Job]) -> list[Bucket]:
@@ -237,10 +256,12 @@ class Optimizer(torch.optim.Optimizer):
         buckets: dict[Any, Bucket] = {}
         for job, state in zip(jobs, states, strict=True):
             tables = id(state.get("qmap1")), id(state.get("qmap2"))
-            kind = (job.param.device, job.param.dtype, state["state1"].dtype, *tables, steps.identity(state["step"]))
+            paged = self._pages(job.param)
+            dtypes = job.param.dtype, state["state1"].dtype
+            kind = (job.param.device, *dtypes, *tables, steps.identity(state["step"]), paged)
             bucket = buckets.get((job.config, kind))
             if bucket is None:
-                bucket = buckets[job.config, kind] = Bucket(job.config, state)
+                bucket = buckets[job.config, kind] = Bucket(self.rule, job.config, state, paged)
             seeded = self.stochastic_rounding and job.param.dtype is torch.bfloat16
             bucket.add(job.param, job.grad, state, hash32(job.position) if seeded else None)
         return list(buckets.values())
@@ -252,16 +273,27 @@ class Optimizer(torch.optim.Optimizer):
             quantized = config.optim_bits == 8 and job.key.numel() >= config.min_8bit_size
             created = create(rule, param, config.max_unorm > 0, quantized, self._home(param))
             state.update(step=zeros.on(param.device), **created)
-        elif not fits(state, rule, param):
+        elif not fits(state, rule, param, self._home(param)):
             refit(state, rule, param, self._home(param))
+        if self._pages(param) and not self._pager.holds(state, param.device):
+            self._pager.adopt(state, param.device)
         return state
 
-    def _home(self, param: Tensor) -> torch.device:
-        device, objection = home(param, self.is_paged)
-        if objection and not self._told_of_paging:
-            warnings.warn(objection, HalfbyteWarning, stacklevel=2)
+    def _pages(self, param: Tensor) -> bool:
+        """Whether the states of a parameter are paged."""
+        if not self.is_paged or (param.numel() < PAGED_FROM and param.device.type != "cpu"):
+            return False
+        if param.device.type in LANES:
+            return param.numel() >= PAGED_FROM
+        if not self._told_of_paging:
+            what = f"paging to the host does nothing for parameters on {param.device}: their states stay there"
+            warnings.warn(what, HalfbyteWarning, stacklevel=2)
             self._told_of_paging = True
-        return device
+        return False
+
+    def _home(self, param: Tensor) -> torch.device:
+        """Where the states of a parameter live."""
+        return torch.device("cpu") if self._pages(param) else param.device
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -293,6 +325,7 @@ class Optimizer(torch.optim.Optimizer):
             resolve(self.rule, group, self.args, {})
         ids = checkpoint.params_by_id(state_dict, self.param_groups)
         content: defaultdict[Any, Any] = defaultdict(dict)
+        pager = paging.Pager(self.paged_budget)  # the present one ends with the present states
         for key, entry in state_dict["state"].items():
             if (param := ids.get(key)) is None:
                 content[key] = copy.deepcopy(entry)
@@ -302,10 +335,18 @@ class Optimizer(torch.optim.Optimizer):
             read = checkpoint.read_state(where, entry, RULES[self.rule], shard)
             if move_to_device and read:
                 refit(read, RULES[self.rule], shard, self._home(shard))
+                if self._pages(shard):
+                    pager.adopt(read, shard.device)
             if read:
                 read["step"] = steps.converted(read["step"], self.capturable, param.device)
             content[param] = read
         steps.share(one for one in content.values() if isinstance(one, dict))
+        self._pager = pager
         self.__setstate__({"state": content, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _update_part(bucket: Bucket, scale: Tensor | None, lists: Lists) -> None:
+    """Step a part of a bucket."""
+    bucket.call(*bucket.arguments(lists, scale))

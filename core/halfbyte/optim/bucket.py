@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,31 +13,49 @@ from .. import _runtime, functional
 from ..choosing import explain
 from ..dispatch import current_override
 from ..errors import NoKernel
+from ..ops.rules import RULES
 from . import memory
 from .options import Config
-from .state import BLOCKSIZE, State
+from .state import BLOCKSIZE, PARTS, State
 from .steps import Steps, following
+
+
+@dataclass
+class Lists:
+    """What an update op takes of each parameter; empty where an optimizer has no such state, or no seeds."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    state1: list[Tensor] = field(default_factory=list)
+    absmax1: list[Tensor] = field(default_factory=list)
+    state2: list[Tensor] = field(default_factory=list)
+    absmax2: list[Tensor] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
 
 class Bucket:
     """Parameters of one configuration, device, dtype, kind of state, number of steps and pair of codebooks.
 
     steps   how many each has taken: an int, or a tensor that they share
-    states  of all parameters; those without elements are left out of the call
+    paged   whether the states are on the host
+    states  of all parameters; those without elements are left out of the lists
     """
 
-    def __init__(self, config: Config, sample: State) -> None:
+    def __init__(self, rule: str, config: Config, sample: State, paged: bool) -> None:
+        self.rule = rule
         self.config = config
+        self.paged = paged
         self.steps: Steps = sample["step"]
         self.quantized = sample["state1"].dtype is torch.uint8
         self.codebooks = sample.get("qmap1"), sample.get("qmap2")
         self.states: list[State] = []
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.seeds: list[int] = []
-        self._lists: dict[str, list[Tensor]] = {name: [] for name in ("state1", "absmax1", "state2", "absmax2")}
+        self.lists = Lists()
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._plain = True
+
+    def count(self, name: str) -> int:
+        """Values that the rule keeps in one of PARTS, per element or block."""
+        return RULES[self.rule].states[name[-1] == "2"]
 
     def add(self, param: Tensor, grad: Tensor, state: State, seed: int | None) -> None:
         """Take in a parameter, with a gradient and states of its shape; the states lie in its order."""
@@ -51,37 +70,40 @@ class Bucket:
         elif not param.is_contiguous():
             target = param.contiguous()
             self._copies.append((param, target))
-        self.params.append(target)
-        self.grads.append(grad.contiguous())
-        for name, tensors in self._lists.items():
+        self.lists.params.append(target)
+        self.lists.grads.append(grad.contiguous())
+        for name in PARTS:
             if (tensor := state.get(name)) is not None:
-                tensors.append(tensor if order is None or name[0] == "a" else memory.flat(tensor, order))
+                flat = tensor if order is None or name[0] == "a" else memory.flat(tensor, order)
+                getattr(self.lists, name).append(flat)
         if seed is not None:
-            self.seeds.append(seed)
+            self.lists.seeds.append(seed)
 
-    def arguments(self, rule: str, grad_scale: Tensor | None) -> tuple[str, tuple[Any, ...]]:
-        """Name and arguments of the op call that takes the next step."""
-        c, device = self.config, self.params[0].device
+    def arguments(self, lists: Lists, grad_scale: Tensor | None) -> tuple[str, tuple[Any, ...]]:
+        """Name and arguments of the op call that takes the next step of its own lists, or of parts of them."""
+        c, device = self.config, lists.params[0].device
         step = following(self.steps)
         lr = c.lr if isinstance(c.lr, Tensor) else torch.tensor(c.lr, dtype=torch.float64)
         lr, grad_scale = _beside(lr, device), None if grad_scale is None else _beside(grad_scale, device)
         numbers = (list(c.betas), c.eps, c.weight_decay, c.alpha, c.t_alpha, c.t_beta3, c.max_unorm, c.skip_zeros)
-        rest = (step, lr, grad_scale, *numbers, self.seeds)
-        one, absmax1, two, absmax2 = self._lists.values()
+        rest = (step, lr, grad_scale, *numbers, lists.seeds)
+        first = (self.rule, lists.params, lists.grads, lists.state1)
         if not self.quantized:
-            return "update_32bit", (rule, self.params, self.grads, one, two, *rest)
+            return "update_32bit", (*first, lists.state2, *rest)
         table1, table2 = self.codebooks
-        states = (one, absmax1, table1, two, absmax2, table2, BLOCKSIZE)
-        return "update_8bit", (rule, self.params, self.grads, *states, *rest)
+        return "update_8bit", (*first, lists.absmax1, table1, lists.state2, lists.absmax2, table2, BLOCKSIZE, *rest)
 
-    def run(self, name: str, args: tuple[Any, ...]) -> None:
+    def call(self, name: str, args: tuple[Any, ...]) -> None:
         """Call the op on its arguments: the planned kernel where nothing observes, torch's op otherwise."""
-        direct = self._plain and functional._direct(self.params[0], None)
+        direct = self._plain and functional._direct(args[1][0], None)
         call = _runtime.callers[name] if direct else getattr(torch.ops.halfbyte, name).default
         call(*args)
+
+    def finish(self) -> None:
+        """After the call, or the last one: write back what was stepped in a copy."""
         for param, copy in self._copies:
             param.copy_(copy)
-        torch.autograd.graph.increment_version(self.params)  # kernels write through pointers
+        torch.autograd.graph.increment_version(self.lists.params)  # kernels write through pointers
 
 
 def _beside(number: Tensor, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from . import memory
 
 BLOCKSIZE = 256
 PAGED_FROM = 100_000  # elements
+PARTS = ("state1", "absmax1", "state2", "absmax2")  # what is paged
 CODEBOOKS = {"1": "dynamic", "2": "dynamic_unsigned"}  # of state1 and state2; a single state takes the signed one
 
 State = dict[str, Any]
@@ -35,18 +36,8 @@ def blocks(n: int, blocksize: int = BLOCKSIZE) -> int:
     return -(-n // blocksize)
 
 
-def home(param: Tensor, paged: bool) -> tuple[torch.device, str | None]:
-    """The device on which the states of a parameter live, and what to tell who wanted another one.
-
-    This release has no paging: states stay with their parameter.
-    """
-    if paged and (param.device.type == "cpu" or param.numel() >= PAGED_FROM):
-        return param.device, f"paging to the host is not in this release: optimizer states stay on {param.device}"
-    return param.device, None
-
-
 def create(rule: Rule, param: Tensor, trust: bool, quantized: bool, device: torch.device) -> State:
-    """Zero states of a parameter that was never stepped; codes of 0 with an absmax of 0 decode to 0."""
+    """Zero states on a device, for a parameter that was never stepped; codes of 0, absmax of 0 decode to 0."""
     state: State = {}
     order = memory.order_of(param)
     for suffix, count in (("1", rule.states[0]), ("2", rule.states[1])):
@@ -56,25 +47,28 @@ def create(rule: Rule, param: Tensor, trust: bool, quantized: bool, device: torc
         state[f"state{suffix}"] = memory.zeros(param, order, dtype, count, device)
         if quantized:
             shape = (count, blocks(param.numel())) if count > 1 else (blocks(param.numel()),)
-            state[f"qmap{suffix}"] = formats.codebook(CODEBOOKS[suffix], device)
+            state[f"qmap{suffix}"] = formats.codebook(CODEBOOKS[suffix], param.device)
             state[f"absmax{suffix}"] = torch.zeros(shape, dtype=torch.float32, device=device)
     if trust:
         state["unorm_vec"] = torch.zeros(1, device=device)
     return state
 
 
-def fits(state: State, rule: Rule, param: Tensor) -> bool:
-    """Whether the states lie where and as the op wants them for a parameter."""
+def fits(state: State, rule: Rule, param: Tensor, device: torch.device) -> bool:
+    """Whether the states lie on a device, and as the op wants them for a parameter."""
     one: Tensor = state["state1"]
-    return one.device == param.device and memory.lies_in(one, memory.order_of(param), rule.states[0])
+    return one.device == device and memory.lies_in(one, memory.order_of(param), rule.states[0])
 
 
 def refit(state: State, rule: Rule, param: Tensor, device: torch.device) -> None:
-    """Bring states to a device and into the order of their parameter, which was moved or loaded."""
+    """Bring states to a device and into the order of their parameter, which was moved or loaded.
+
+    Codebooks go to the parameter.
+    """
     order = memory.order_of(param)
     for key, value in state.items():
         if isinstance(value, Tensor):
-            state[key] = value.to(device)
+            state[key] = value.to(param.device if key[:4] == "qmap" else device)
     for suffix, count in (("1", rule.states[0]), ("2", rule.states[1])):
         if not count or memory.lies_in(state[f"state{suffix}"], order, count):
             continue
@@ -88,6 +82,7 @@ def refit(state: State, rule: Rule, param: Tensor, device: torch.device) -> None
 def _reblock(state: State, suffix: str, count: int, order: memory.Order) -> None:
     """Bring codes into another order.  Other elements share a block then, so that they are quantized anew."""
     codes, absmax, table = (state[f"{name}{suffix}"] for name in ("state", "absmax", "qmap"))
+    table = table.to(codes.device)
     target = memory.ordered(codes, order, count)
     scales = absmax.view(count, -1)
     for one, into, scale in zip(_slices(codes, count), _slices(target, count), scales, strict=True):
