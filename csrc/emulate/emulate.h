@@ -7,6 +7,7 @@
 // a shuffle.  A launch runs the whole grid at once, under a mutex: the binding has released Python's lock.
 #pragma once
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <functional>
@@ -87,6 +88,12 @@ inline gpuError_t gpuDeviceGetAttribute(int* value, int what, int) {
   *value = what == gpuLanes ? HALFBYTE_WARP : 1;  // one multiprocessor: grids that stride do stride
   return gpuSuccess;
 }
+inline gpuError_t gpuMallocManaged(void** p, size_t bytes) {
+  *p = malloc(bytes);
+  return *p == nullptr;
+}
+inline gpuError_t gpuFree(void* p) { return free(p), gpuSuccess; }
+inline gpuError_t gpuMemPrefetchAsync(const void*, size_t, int, gpuStream_t) { return gpuSuccess; }
 inline gpuError_t gpuMemsetAsync(void* p, int value, size_t bytes, gpuStream_t) {
   memset(p, value, bytes);
   return gpuSuccess;

@@ -16,6 +16,19 @@ namespace {
 
 DType dtype_of(int code) { return static_cast<DType>(code); }
 
+void bind_managed(py::module_& module) {
+  module.def("managed_alloc", [](int64_t size, int device) {
+    void* data = nullptr;
+    call(device, [&] { return managed_alloc(size, &data); });
+    return reinterpret_cast<Address>(data);
+  });
+  module.def("managed_free",
+             [](Address data, int device) { call(device, [&] { return managed_free(at(data)); }); });
+  module.def("managed_prefetch", [](Address data, int64_t size, int device, Address stream) {
+    call(device, [&] { return managed_prefetch(at(data), size, at(stream)); });
+  });
+}
+
 void bind_4bit(py::module_& module) {
   module.def("quantize_4bit", [](Address x, int dtype, int64_t count, int format, int64_t blocksize,
                                  Address packed, Address absmax, int device, Address stream) {
@@ -124,6 +137,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       },
       "How many devices the driver shows, and why there is none.  Starts the driver.");
   module.def("archs", &archs, "What the module was built for, as the build named it.");
+  bind_managed(module);
   bind_4bit(module);
   bind_linear_4bit(module);
   bind_8bit(module);

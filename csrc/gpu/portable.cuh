@@ -39,6 +39,9 @@
 #define gpuGetDevice hipGetDevice
 #define gpuSetDevice hipSetDevice
 #define gpuMemsetAsync hipMemsetAsync
+#define gpuMallocManaged hipMallocManaged
+#define gpuFree hipFree
+#define gpuMemPrefetchAsync hipMemPrefetchAsync
 #define gpuDeviceGetAttribute hipDeviceGetAttribute
 #define gpuMultiprocessors hipDeviceAttributeMultiprocessorCount
 #define gpuLanes hipDeviceAttributeWarpSize
@@ -56,6 +59,14 @@
 #define gpuGetDevice cudaGetDevice
 #define gpuSetDevice cudaSetDevice
 #define gpuMemsetAsync cudaMemsetAsync
+#define gpuMallocManaged cudaMallocManaged
+#define gpuFree cudaFree
+#if CUDART_VERSION >= 13000
+#define gpuMemPrefetchAsync(data, size, device, stream) \
+  cudaMemPrefetchAsync(data, size, cudaMemLocation{cudaMemLocationTypeDevice, device}, 0, stream)
+#else
+#define gpuMemPrefetchAsync cudaMemPrefetchAsync
+#endif
 #define gpuDeviceGetAttribute cudaDeviceGetAttribute
 #define gpuMultiprocessors cudaDevAttrMultiProcessorCount
 #define gpuLanes cudaDevAttrWarpSize

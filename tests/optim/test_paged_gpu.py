@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte import optim
-from halfbyte.optim import paging
+from halfbyte import InputError, optim
+from halfbyte.optim import managed, paging
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA or ROCm device"),
@@ -178,3 +178,50 @@ def test_step_in_backward_pages():
     reference.step()
 
     assert_equal(paged, reference)
+
+
+# -- managed memory ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native():
+    """Skips where the native module, which allocates managed memory, is not built."""
+    try:
+        return managed.module()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def test_steps_in_managed_memory_give_the_same_bits(native):
+    ours, theirs = parameters(), parameters()
+    paged, reference = optim.PagedAdamW8bit(ours, paged_memory="managed"), optim.AdamW8bit(theirs)
+
+    for seed in range(3):
+        step(paged, ours, seed)
+        step(reference, theirs, seed)
+
+    assert_equal(paged, reference)
+    assert paged._pager.holds(paged.state[ours[0]], ours[0].device)
+    assert paged.state[ours[0]]["state1"].is_cuda
+
+
+def test_managed_memory_is_freed_with_its_optimizer(native):
+    params = parameters(sizes=(100_000_000,))  # states of 203 MB
+
+    def use():
+        step(optim.PagedAdamW8bit(params, paged_memory="managed"), params)
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    free = use()
+    for _ in range(10):
+        last = use()
+
+    assert last > free - 50 * 2**20
+
+
+def test_more_managed_memory_than_the_device_has_free_is_refused(native):
+    with pytest.raises(InputError, match=r"managed memory of paged states must fit cuda:0: .* are free"):
+        managed.Managed(torch.cuda.mem_get_info()[0] + 2**30, torch.device("cuda", 0))

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import random
+import sys
 import warnings
 from collections import deque
 
@@ -324,6 +325,35 @@ def test_capturable_and_paging_exclude_each_other(build, randn):
 def test_budget_too_small_for_a_piece_is_refused(build, randn):
     with pytest.raises(InputError, match="paged_budget must be at least 65,536 bytes; got 65,535"):
         build("PagedAdamW", [randn(3)], paged_budget=LEAST - 1)
+
+
+def test_kind_of_memory_must_be_known(build, randn):
+    with pytest.raises(InputError, match="paged_memory must be pinned or managed; got 'unified'"):
+        build("PagedAdamW", [randn(3)], paged_memory="unified")
+
+
+def test_managed_memory_needs_the_native_module(build, paged_here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "halfbyte_cuda._C", None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    (param,) = parameters(sizes=(100_000,))
+    optimizer = build("PagedAdamW8bit", [param], paged_memory="managed")
+    param.grad = torch.ones_like(param)
+    before = param.detach().clone()
+
+    with pytest.raises(InputError, match=r'paged_memory="managed" needs halfbyte_cuda\._C, which cannot be imported'):
+        optimizer.step()
+
+    assert torch.equal(param, before)
+
+
+def test_managed_memory_stays_below_what_the_device_has_free(build, paged_here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    (param,) = parameters(sizes=(100_000,))
+    optimizer = build("PagedAdamW8bit", [param], paged_memory="managed")
+    param.grad = torch.ones_like(param)
+
+    with pytest.raises(InputError, match="must fit cpu: 1,048,576 bytes are needed, 1,000 are free"):
+        optimizer.step()
 
 
 def test_trust_factor_of_a_paged_parameter_is_refused(build, paged_here):

@@ -12,7 +12,7 @@ CLASSES = [
     for name in optim.__all__
     if inspect.isclass(getattr(optim, name)) and name not in ("Optimizer", "GradientRelease")
 ]
-OWN = {"fused_clip", "stochastic_rounding", "capturable", "paged_budget"}
+OWN = {"fused_clip", "stochastic_rounding", "capturable", "paged_budget", "paged_memory"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,8 @@ def test_signature_is_that_of_bitsandbytes(theirs, name):
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("GlobalOptimManager", "PytorchLARS")])
 def test_own_options_are_keywords_of_every_class(build, randn, name):
-    options = {"fused_clip": 1.0, "stochastic_rounding": True, "capturable": "Paged" not in name, "paged_budget": 10**6}
+    options = {"fused_clip": 1.0, "stochastic_rounding": True, "capturable": "Paged" not in name}
+    options |= {"paged_budget": 10**6, "paged_memory": "managed"}
     optimizer = build(name, [randn(3)], **options)
 
     assert {option: getattr(optimizer, option) for option in OWN} == options

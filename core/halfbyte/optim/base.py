@@ -31,6 +31,12 @@ from .state import PAGED_FROM, State, create, fits, refit, share_codebooks
 _eager = torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
 
 
+_OWN = (
+    *("args", "fused_clip", "stochastic_rounding", "capturable"),
+    *("is_paged", "paged_budget", "paged_memory", "_told_of_paging"),
+)
+
+
 class Place(NamedTuple):
     """Where a parameter stands: its group, its number in the group, its number among all parameters."""
 
@@ -60,6 +66,8 @@ class Optimizer(torch.optim.Optimizer):
                          pieces that pass through the device.  A step then waits until they are back.  Of parameters
                          on the CPU states stay where they are, with a warning.
     paged_budget         bytes that the buffers of all pieces may take on a device, of which 128 MiB are used at most
+    paged_memory         "pinned"; or "managed": memory that the driver moves between host and device, as bitsandbytes
+                         has it, never more of it than the device has free
     fused_clip           bound on the norm of all gradients of a step together, as torch.nn.utils.clip_grad_norm_
                          would set it, but gradients are scaled while they are read and keep their values
     stochastic_rounding  of bfloat16 parameters: round up or down with a chance that makes the mean exact; the bits
@@ -99,7 +107,10 @@ class Optimizer(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         capturable: bool = False,
         paged_budget: int = paging.BUDGET,
+        paged_memory: str = "pinned",
     ) -> None:
+        if paged_memory not in paging.MEMORIES:
+            raise InputError(f"paged_memory must be {' or '.join(paging.MEMORIES)}; got {paged_memory!r}")
         if paged_budget < paging.LEAST:
             raise InputError(f"paged_budget must be at least {paging.LEAST:,} bytes; got {paged_budget:,}")
         if capturable and (is_paged or self.paged):
@@ -114,8 +125,9 @@ class Optimizer(torch.optim.Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.capturable = capturable
         self.paged_budget = paged_budget
+        self.paged_memory = paged_memory
         self._told_of_paging = False
-        self._pager = paging.Pager(paged_budget)
+        self._pager = paging.Pager(paged_memory, paged_budget)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if RULES[self.rule].states[1]:
             defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
@@ -127,13 +139,12 @@ class Optimizer(torch.optim.Optimizer):
         return int(self.args.optim_bits)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("args", "is_paged", "paged_budget", "fused_clip", "stochastic_rounding", "capturable", "_told_of_paging")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _OWN}}
 
     def __setstate__(self, content: dict[str, Any]) -> None:
         super().__setstate__(content)
         if "_pager" not in self.__dict__:  # a copy's states are paged anew when it steps
-            self._pager = paging.Pager(self.paged_budget)
+            self._pager = paging.Pager(self.paged_memory, self.paged_budget)
         share_codebooks(self.state.values())
 
     @_eager
@@ -242,7 +253,7 @@ class Optimizer(torch.optim.Optimizer):
         if (param.dtype, param.device, param.shape) != (grad.dtype, grad.device, grad.shape):
             its, ours = (f"{show(one.dtype)} {tuple(one.shape)} on {one.device}" for one in (grad, param))
             return f"must have a gradient of its own dtype, shape and device, {ours}; got {its}"
-        if config.max_unorm > 0 and (sharded or self._pages(param)):
+        if config.max_unorm > 0 and (sharded or (self._pages(param) and self._pager.staged)):
             how = "sharded" if sharded else "paged"
             return f"is {how}, and stepped in parts: max_unorm needs the norm of the whole parameter"
         return None
@@ -256,7 +267,7 @@ class Optimizer(torch.optim.Optimizer):
         buckets: dict[Any, Bucket] = {}
         for job, state in zip(jobs, states, strict=True):
             tables = id(state.get("qmap1")), id(state.get("qmap2"))
-            paged = self._pages(job.param)
+            paged = self._pages(job.param) and self._pager.staged
             dtypes = job.param.dtype, state["state1"].dtype
             kind = (job.param.device, *dtypes, *tables, steps.identity(state["step"]), paged)
             bucket = buckets.get((job.config, kind))
@@ -264,6 +275,7 @@ class Optimizer(torch.optim.Optimizer):
                 bucket = buckets[job.config, kind] = Bucket(self.rule, job.config, state, paged)
             seeded = self.stochastic_rounding and job.param.dtype is torch.bfloat16
             bucket.add(job.param, job.grad, state, hash32(job.position) if seeded else None)
+        self._pager.prefetch()
         return list(buckets.values())
 
     def _state(self, job: Job, zeros: steps.Zeros) -> State:
@@ -293,7 +305,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _home(self, param: Tensor) -> torch.device:
         """Where the states of a parameter live."""
-        return torch.device("cpu") if self._pages(param) else param.device
+        return torch.device("cpu") if self._pages(param) and self._pager.staged else param.device
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -325,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
             resolve(self.rule, group, self.args, {})
         ids = checkpoint.params_by_id(state_dict, self.param_groups)
         content: defaultdict[Any, Any] = defaultdict(dict)
-        pager = paging.Pager(self.paged_budget)  # the present one ends with the present states
+        pager = paging.Pager(self.paged_memory, self.paged_budget)  # the present one ends with the present states
         for key, entry in state_dict["state"].items():
             if (param := ids.get(key)) is None:
                 content[key] = copy.deepcopy(entry)

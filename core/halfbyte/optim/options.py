@@ -23,12 +23,14 @@ class Options(TypedDict, total=False):
     stochastic_rounding  round bfloat16 parameters up or down at random, so that small updates count on average
     capturable           keep the step as a tensor on the parameter's device, for CUDA graphs
     paged_budget         bytes that paged states may take on a device, in passing
+    paged_memory         where they live: "pinned" or "managed"
     """
 
     fused_clip: float | None
     stochastic_rounding: bool
     capturable: bool
     paged_budget: int
+    paged_memory: str
 
 
 class Config(NamedTuple):

@@ -18,40 +18,51 @@ from ..ops import rules
 from . import slabs
 from .bucket import Bucket, Lists
 from .lanes import LANES, Lane, Lanes
+from .managed import Managed
 from .state import BLOCKSIZE, PARTS, State
 
 BUDGET = 128 * 2**20  # bytes on each device
 LEAST = 64 * 2**10
 BUFFERS = 3
+MEMORIES = ("pinned", "managed")
 
 
 class Pager:
     """The paged states of one optimizer: where they live, and the buffers that they pass through.
 
+    memory  one of MEMORIES: on the host, passing through buffers; or managed memory, which the driver moves
     budget  bytes of all buffers of one device
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, memory: str, budget: int) -> None:
+        self.staged = memory == "pinned"
         self.size = min(budget, BUDGET) // BUFFERS // slabs.ALIGNMENT * slabs.ALIGNMENT
-        self._slabs: dict[str, slabs.Slabs] = {}
+        self._slabs: dict[torch.device, slabs.Slabs] = {}
         self._stages: dict[torch.device, _Stage] = {}
 
     def holds(self, state: State, device: torch.device) -> bool:
         """Whether a state lives here, for parameters on a device."""
-        return device.type in self._slabs and self._slabs[device.type].holds(state)
+        return device in self._slabs and self._slabs[device].holds(state)
 
     def adopt(self, state: State, device: torch.device) -> None:
-        """Bring a state that is on the host into pinned memory."""
-        if device.type not in self._slabs:
-            pin = LANES[device.type].pin
-            self._slabs[device.type] = slabs.Slabs(lambda size: slabs.Pages(size, pin))
-        self._slabs[device.type].adopt(state)
+        """Bring a state here: from the host, or from the device where the memory is managed."""
+        if device not in self._slabs:
+            pinned, moved = partial(slabs.Pages, pin=LANES[device.type].pin), partial(Managed, device=device)
+            self._slabs[device] = slabs.Slabs(pinned if self.staged else moved)
+        self._slabs[device].adopt(state)
+
+    def prefetch(self) -> None:
+        """Bring managed memory to its device."""
+        if not self.staged:
+            for pool in self._slabs.values():
+                for slab in pool.alive():
+                    slab.prefetch()
 
     def run(self, bucket: Bucket, update: Callable[[Lists], None]) -> None:
         """Update a bucket whose states live here, in pieces.  Waits until they are back on the host."""
         device = bucket.lists.params[0].device
         if device not in self._stages:
-            self._stages[device] = _Stage(device, self.size, self._slabs[device.type])
+            self._stages[device] = _Stage(device, self.size, self._slabs[device])
         stage = self._stages[device]
         try:
             for number, piece in enumerate(pieces(bucket, self.size)):

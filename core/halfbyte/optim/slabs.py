@@ -32,6 +32,9 @@ class Slab(Protocol):
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor over some of it, with a storage of its own, as checkpoints want it."""
 
+    def prefetch(self) -> None:
+        """Bring it to its device, in the current stream, where it can be."""
+
 
 class Slabs:
     """Cuts tensors from slabs.
@@ -66,6 +69,11 @@ class Slabs:
         reference = self._slabs.get(tensor.untyped_storage().data_ptr())
         return None if reference is None else reference()
 
+    def alive(self) -> list[Slab]:
+        """The slabs that still have a tensor."""
+        found = [slab for one in self._slabs.values() if (slab := one()) is not None]
+        return list({slab.address: slab for slab in found}.values())
+
     def _room(self, size: int) -> tuple[Slab, int]:
         """A slab with so many bytes free, and where they begin."""
         if 8 * size > LARGEST:  # what would leave much of a shared slab empty has its own
@@ -95,6 +103,9 @@ class Pages(mmap.mmap):
 
     def view(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(self, dtype=dtype, count=count, offset=offset)
+
+    def prefetch(self) -> None:
+        return None
 
     def __del__(self) -> None:  # mmap calls back weak references only after the memory is gone
         if hasattr(self, "_unpin") and not sys.is_finalizing():

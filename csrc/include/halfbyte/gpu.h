@@ -18,6 +18,11 @@ int device_count(const char** error);
 int current_device();
 const char* set_device(int device);
 
+// Memory that host and device reach at one address, for paged states.  Only managed_prefetch enqueues.
+const char* managed_alloc(int64_t size, void** data);
+const char* managed_free(void* data);
+const char* managed_prefetch(const void* data, int64_t size, void* stream);
+
 // What the module was built for, as the build named it: "75-real;90a-real;120", "gfx942;gfx1100", "".
 const char* archs();
 

@@ -3,6 +3,7 @@ small for: several rounds of a grid, slabs, long rows, codebooks that need a sea
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -234,3 +235,15 @@ def test_dequantizing_for_torchs_product_goes_by_slabs(lanes, nested, bias, gene
     b = normal((80,), torch.float32, generator) if bias else None
     found = linear4bit.run(emulated.module(lanes), ("dequantize",), x, *packed, b, *how, 80)
     close("linear_4bit", found, reference("linear_4bit", x, *packed, b, *how, 80))
+
+
+@pytest.mark.parametrize("lanes", BUILT)
+def test_managed_memory_can_be_written_and_freed(lanes):
+    c = emulated.module(lanes)
+
+    address = c.managed_alloc(64, -1)
+    ctypes.memset(address, 7, 64)
+    c.managed_prefetch(address, 64, -1, 0)
+
+    assert ctypes.string_at(address, 64) == bytes([7] * 64)
+    c.managed_free(address, -1)

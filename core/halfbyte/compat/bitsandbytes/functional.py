@@ -416,7 +416,7 @@ class GlobalPageManager:
 def get_paged(
     *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = FIRST_CUDA_DEVICE
 ) -> Tensor:
-    """Zeros marked as paged.  This release has no paging: they lie on the device, or the host where it is missing."""
+    """Zeros marked as paged, on the device, or the host where it is missing: only optimizers page their states."""
     device = torch.device(device)
     found = torch.accelerator.current_accelerator(check_available=True)
     there = device if device.type == "cpu" or (found is not None and found.type == device.type) else "cpu"
