@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from halfbyte.native import DTYPES, OPTIMIZERS, address, threads
+from halfbyte.native import DTYPES, OPTIMIZERS, address, addresses, is_dense, sizes, threads
 from halfbyte.ops import rules
 
 Native: TypeAlias = Callable[..., None]
@@ -37,12 +37,8 @@ def update_32bit(
     seeds: Sequence[int],
 ) -> None:
     hyper = rules.Hyper(betas, eps, weight_decay, alpha, t_alpha, t_beta3)
-    keys = _keys(seeds, step, len(params))
-    grads = [grad.contiguous() for grad in grads]  # kept alive during the call
-    state2 = state2 or [None] * len(params)  # type: ignore[list-item]
-    fields: list[int] = []
-    for param, grad, one, two, key in zip(params, grads, state1, state2, keys):
-        fields += (param.data_ptr(), grad.data_ptr(), one.data_ptr(), address(two), 0, 0, 0, param.numel(), key)
+    grads = grads if is_dense(grads) else [grad.contiguous() for grad in grads]  # kept alive during the call
+    fields = _fields((params, grads, state1, state2), seeds, step)
     native(
         OPTIMIZERS[optimizer],
         DTYPES[params[0].dtype],
@@ -80,19 +76,11 @@ def update_8bit(
     seeds: Sequence[int],
 ) -> None:
     hyper = rules.Hyper(betas, eps, weight_decay, alpha, t_alpha, t_beta3)
-    keys = _keys(seeds, step, len(params))
-    grads = [grad.contiguous() for grad in grads]
+    grads = grads if is_dense(grads) else [grad.contiguous() for grad in grads]
     codebook1 = codebook1.contiguous()
     codebook2 = None if codebook2 is None or not state2 else codebook2.contiguous()
-    nothing = [None] * len(params)
-    fields: list[int] = []
-    for param, grad, one, scale1, two, scale2, key in zip(
-        params, grads, state1, absmax1, state2 or nothing, absmax2 or nothing, keys
-    ):
-        first = scale1.data_ptr()
-        slow = first + scale1.nbytes // 2  # read for ademamix alone
-        addresses = (param.data_ptr(), grad.data_ptr(), one.data_ptr(), address(two), first, slow, address(scale2))
-        fields += (*addresses, param.numel(), key)
+    slow = [one.view(-1)[one.numel() // 2 :] for one in absmax1] if optimizer == "ademamix" else ()
+    fields = _fields((params, grads, state1, state2, absmax1, slow, absmax2), seeds, step)
     native(
         OPTIMIZERS[optimizer],
         DTYPES[params[0].dtype],
@@ -116,5 +104,14 @@ def _numbers(
     return [*map(float, c), scale, max_unorm, trust_eps]
 
 
-def _keys(seeds: Sequence[int], step: Tensor, count: int) -> list[int]:
-    return [rules.rounding_key(seed, float(step)) for seed in seeds] if seeds else [0] * count
+def _fields(lists: Sequence[Sequence[Tensor]], seeds: Sequence[int], step: Tensor) -> list[int]:
+    """A row of nine per parameter, filled column by column; 0 for a list that is empty."""
+    params = lists[0]
+    fields = [0] * (9 * len(params))
+    for column, tensors in enumerate(lists):
+        if tensors:
+            fields[column::9] = addresses(tensors)
+    fields[7::9] = sizes(params)
+    if seeds:
+        fields[8::9] = [rules.rounding_key(seed, float(step)) for seed in seeds]
+    return fields

@@ -6,6 +6,7 @@ A native module takes addresses, 64-bit sizes and the codes below; Python keeps 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,35 @@ OPTIMIZERS = {"adam": 0, "ademamix": 1, "lion": 2, "momentum": 3, "rmsprop": 4, 
 def address(tensor: Tensor | None) -> int:
     """Where a contiguous tensor's data begins; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+class Placed(list[Tensor]):
+    """Contiguous tensors of one dtype and device, with their sizes and addresses, looked up once for all who ask."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Raises ValueError for no tensors, and for tensors that are not alike or not contiguous."""
+        super().__init__(tensors)
+        dtypes, devices = {one.dtype for one in tensors}, {one.device for one in tensors}
+        if len(dtypes) != 1 or len(devices) != 1 or not all(map(Tensor.is_contiguous, tensors)):
+            raise ValueError("the tensors are not contiguous, or not of one dtype and device")
+        self.dtype, self.device = dtypes.pop(), devices.pop()
+        self.sizes = [*map(Tensor.numel, tensors)]
+        self.addresses = [*map(Tensor.data_ptr, tensors)]
+
+
+def sizes(tensors: Sequence[Tensor]) -> Sequence[int]:
+    """How many elements each tensor has."""
+    return tensors.sizes if isinstance(tensors, Placed) else [*map(Tensor.numel, tensors)]
+
+
+def addresses(tensors: Sequence[Tensor]) -> Sequence[int]:
+    """Where the data of each contiguous tensor begins."""
+    return tensors.addresses if isinstance(tensors, Placed) else [*map(Tensor.data_ptr, tensors)]
+
+
+def is_dense(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are contiguous."""
+    return isinstance(tensors, Placed) or all(map(Tensor.is_contiguous, tensors))
 
 
 # -- threads after fork --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ captured each call makes its own, which then belongs to the graph.  Nothing wait
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from array import array
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .kernel import Kernel
-from .native import DTYPES, OPTIMIZERS, address
+from .native import DTYPES, OPTIMIZERS, address, addresses, is_dense, sizes
 from .native_gpu import Module, place
 from .ops import rules
 
@@ -108,7 +109,7 @@ def update_32bit(
 ) -> None:
     hyper = rules.Hyper(betas, eps, weight_decay, alpha, t_alpha, t_beta3)
     none: Sequence[Tensor] = ()
-    lists = params, [grad.contiguous() for grad in grads], state1, state2, none, none  # kept alive during the call
+    lists = params, _dense(grads), state1, state2, none, none  # kept alive during the call
     _update(c, optimizer, lists, None, None, step, lr, grad_scale, hyper, max_unorm, skip_zeros, seeds)
 
 
@@ -140,7 +141,7 @@ def update_8bit(
     hyper = rules.Hyper(betas, eps, weight_decay, alpha, t_alpha, t_beta3)
     codebook1 = codebook1.contiguous()
     codebook2 = None if codebook2 is None or not state2 else codebook2.contiguous()
-    lists = params, [grad.contiguous() for grad in grads], state1, state2, absmax1, absmax2
+    lists = params, _dense(grads), state1, state2, absmax1, absmax2
     _update(c, optimizer, lists, codebook1, codebook2, step, lr, grad_scale, hyper, max_unorm, skip_zeros, seeds)
 
 
@@ -159,7 +160,7 @@ def _update(
     seeds: Sequence[int],
 ) -> None:
     params, state1 = lists[0], lists[2]
-    fields = _fields(lists, seeds)
+    fields = _fields(c, lists, seeds)
     if not fields:
         return
     param, where = params[0], place(params[0])
@@ -193,27 +194,27 @@ def _update(
     )
 
 
-def _fields(lists: tuple[Sequence[Tensor], ...], seeds: Sequence[int]) -> array[int]:
-    """The fields of all parameters that have elements."""
-    params, grads, state1, state2, absmax1, absmax2 = lists
-    fields = array("q")
-    for i, param in enumerate(params):
-        if not (n := param.numel()):
-            continue
-        fields.extend(
-            (
-                param.data_ptr(),
-                grads[i].data_ptr(),
-                state1[i].data_ptr(),
-                state2[i].data_ptr() if state2 else 0,
-                absmax1[i].data_ptr() if absmax1 else 0,
-                absmax2[i].data_ptr() if absmax2 else 0,
-                n,
-                absmax1[i].numel() // 2 if absmax1 else 0,  # read for ademamix alone
-                seeds[i] & 0xFFFFFFFF if seeds else 0,
-            )
-        )
-    return fields
+def _fields(c: Module, lists: tuple[Sequence[Tensor], ...], seeds: Sequence[int]) -> array[int]:
+    """The fields of all parameters that have elements, filled column by column: there may be ten thousand."""
+    counts, absmax1 = sizes(lists[0]), lists[4]
+    width = c.UPDATE_FIELDS
+    fields = array("q", bytes(8 * width * len(counts)))
+    for column, tensors in enumerate(lists):
+        if tensors:
+            fields[column::width] = array("q", addresses(tensors))
+    fields[6::width] = array("q", counts)
+    if absmax1:
+        fields[7::width] = array("q", [size // 2 for size in sizes(absmax1)])  # read for ademamix alone
+    if seeds:
+        fields[8::width] = array("q", (seed & 0xFFFFFFFF for seed in seeds))
+    if all(counts):
+        return fields
+    kept = [fields[width * i : width * (i + 1)] for i, count in enumerate(counts) if count]
+    return array("q", itertools.chain.from_iterable(kept))
+
+
+def _dense(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    return grads if is_dense(grads) else [grad.contiguous() for grad in grads]
 
 
 def _coefficients(

@@ -420,7 +420,7 @@ def test_bad_numbers_are_refused(name: str, sentence: str) -> None:
     [
         (3, [torch.zeros(300)], "state1 must be torch.uint8 on cpu"),
         (4, [torch.zeros(1)], "absmax1 must have shape \\(2,\\); got \\(1,\\)"),
-        (4, [torch.zeros(2).half()], "absmax1 must be float32"),
+        (4, [torch.zeros(2).half()], "absmax1 must be torch.float32 on cpu"),
         (5, torch.zeros(255), "codebook1 must have 256 float32 entries"),
         (8, None, "codebook2 must have 256 float32 entries"),
         (6, [], "state2 must have 1 tensors for 1 parameters; got 0"),

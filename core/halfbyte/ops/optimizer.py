@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import native
 from ..errors import InputError
 from ..op import Op
 from . import checks, rules
@@ -223,8 +224,9 @@ def _facts_8bit(*args: Any) -> Facts8bit:
 def _check_32bit(*args: Any) -> None:
     optimizer, params, grads, state1, state2, *rest = args
     rule = _check_parameters(optimizer, params, grads, *rest)
-    _check_states("state1", params, state1, torch.float32, rule.states[0])
-    _check_states("state2", params, state2, torch.float32, rule.states[1])
+    sizes = native.sizes(params)
+    _check_states("state1", params, sizes, state1, torch.float32, rule.states[0])
+    _check_states("state2", params, sizes, state2, torch.float32, rule.states[1])
 
 
 def _check_8bit(*args: Any) -> None:
@@ -232,11 +234,13 @@ def _check_8bit(*args: Any) -> None:
     rule = _check_parameters(optimizer, params, grads, *rest)
     if blocksize < 1:
         raise InputError(f"blocksize must be at least 1; got {blocksize}")
+    sizes = native.sizes(params)
+    blocks = [-(-size // blocksize) for size in sizes]
     for name, codes, absmax, codebook, count in (
         ("1", state1, absmax1, codebook1, rule.states[0]),
         ("2", state2, absmax2, codebook2, rule.states[1]),
     ):
-        _check_states(f"state{name}", params, codes, torch.uint8, count)
+        _check_states(f"state{name}", params, sizes, codes, torch.uint8, count)
         if not count:
             continue
         if codebook is None or codebook.numel() != 256 or codebook.dtype is not torch.float32:
@@ -244,15 +248,10 @@ def _check_8bit(*args: Any) -> None:
         checks.same_device(f"codebook{name}", codebook, params[0].device)
         if len(absmax) != len(params):
             raise InputError(f"absmax{name} must have one tensor per parameter, {len(params)}; got {len(absmax)}")
-        for param, scale in zip(params, absmax):
-            blocks = -(-param.numel() // blocksize)
-            if scale.dtype is not torch.float32 or scale.device != param.device or not scale.is_contiguous():
-                raise InputError(
-                    f"absmax{name} must be float32 on {param.device} and contiguous; "
-                    f"got {scale.dtype} on {scale.device}"
-                )
-            if scale.numel() % count or scale.numel() // count < blocks:
-                expected = f"({count}, {blocks})" if count > 1 else f"({blocks},)"
+        _check_places(f"absmax{name}", absmax, torch.float32, params[0].device)
+        for scale, found, number in zip(absmax, native.sizes(absmax), blocks):
+            if found % count or found // count < number:
+                expected = f"({count}, {number})" if count > 1 else f"({number},)"
                 raise InputError(f"absmax{name} must have shape {expected}; got {tuple(scale.shape)}")
 
 
@@ -282,19 +281,11 @@ def _check_parameters(
         raise InputError(f"grads must have one tensor per parameter, {len(params)}; got {len(grads)}")
     dtype, device = params[0].dtype, params[0].device
     checks.floating("params", dtype)
-    for param, grad in zip(params, grads):
-        if param.dtype is not dtype or grad.dtype is not dtype:
-            other = grad.dtype if param.dtype is dtype else param.dtype
-            raise InputError(f"params and grads must be of one dtype; got {dtype} and {other}")
-        if param.device != device or grad.device != device:
-            other_device = grad.device if param.device == device else param.device
-            raise InputError(f"params and grads must be on one device; got {device} and {other_device}")
-        if grad.shape != param.shape:
-            raise InputError(
-                f"a gradient must have its parameter's shape {tuple(param.shape)}; got {tuple(grad.shape)}"
-            )
-        if not param.is_contiguous():
-            raise InputError(f"params must be contiguous; got strides {param.stride()} for {tuple(param.shape)}")
+    if not (
+        _alike(params, dtype, device) and _alike(grads, dtype, device) and native.sizes(params) == native.sizes(grads)
+    ):
+        for param, grad in zip(params, grads):
+            _check_pair(param, grad, dtype, device)
     for name, number in (("step", step), ("lr", lr), ("grad_scale", grad_scale)):
         if number is None:
             continue
@@ -318,17 +309,43 @@ def _check_parameters(
     return rule
 
 
-def _check_states(name: str, params: list[Tensor], states: list[Tensor], dtype: torch.dtype, count: int) -> None:
+def _check_pair(param: Tensor, grad: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if param.dtype is not dtype or grad.dtype is not dtype:
+        other = grad.dtype if param.dtype is dtype else param.dtype
+        raise InputError(f"params and grads must be of one dtype; got {dtype} and {other}")
+    if param.device != device or grad.device != device:
+        other_device = grad.device if param.device == device else param.device
+        raise InputError(f"params and grads must be on one device; got {device} and {other_device}")
+    if grad.shape != param.shape:
+        raise InputError(f"a gradient must have its parameter's shape {tuple(param.shape)}; got {tuple(grad.shape)}")
+    if not param.is_contiguous():
+        raise InputError(f"params must be contiguous; got strides {param.stride()} for {tuple(param.shape)}")
+
+
+def _alike(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tensors are known to be contiguous, of a dtype and on a device."""
+    return isinstance(tensors, native.Placed) and tensors.dtype is dtype and tensors.device == device
+
+
+def _check_states(
+    name: str, params: list[Tensor], sizes: Sequence[int], states: list[Tensor], dtype: torch.dtype, count: int
+) -> None:
     expected = len(params) if count else 0
     if len(states) != expected:
         raise InputError(f"{name} must have {expected} tensors for {len(params)} parameters; got {len(states)}")
-    for param, state in zip(params, states):
-        if state.dtype is not dtype or state.device != param.device or not state.is_contiguous():
-            raise InputError(
-                f"{name} must be {dtype} on {param.device} and contiguous; got {state.dtype} on {state.device}"
-            )
-        if state.numel() != count * param.numel():
-            raise InputError(f"{name} must have {count * param.numel()} elements; got {state.numel()}")
+    _check_places(name, states, dtype, params[0].device)
+    for found, size in zip(native.sizes(states), sizes):
+        if found != count * size:
+            raise InputError(f"{name} must have {count * size} elements; got {found}")
+
+
+def _check_places(name: str, tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise for a tensor of another dtype or device, and for one that is not contiguous."""
+    if _alike(tensors, dtype, device):
+        return
+    for one in tensors:
+        if one.dtype is not dtype or one.device != device or not one.is_contiguous():
+            raise InputError(f"{name} must be {dtype} on {device} and contiguous; got {one.dtype} on {one.device}")
 
 
 def _fake(*args: Any) -> None:

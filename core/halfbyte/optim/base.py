@@ -20,11 +20,12 @@ from ..kernel import show
 from ..ops.checks import FLOATS
 from ..ops.rules import RULES, hash32
 from . import checkpoint, memory, paging, steps
-from .bucket import Bucket, Lists, count, require_kernels
+from .bucket import Bucket, Job, Lists, Source, count, require_kernels
 from .clip import clip_factor
 from .lanes import LANES
-from .manager import GlobalOptimManager
+from .manager import GlobalOptimManager, Overrides
 from .options import Config, parse_betas, resolve
+from .plan import Plan
 from .state import PAGED_FROM, State, create, fits, refit, share_codebooks
 
 # A compiled function calls what is marked so as it is: a step is a few opaque op calls, with nothing to fuse.
@@ -42,16 +43,6 @@ class Place(NamedTuple):
 
     group: int
     number: int
-    position: int
-
-
-class Job(NamedTuple):
-    """One parameter of a step: the tensor that the state belongs to, and the local shards that are worked on."""
-
-    key: Tensor
-    param: Tensor
-    grad: Tensor
-    config: Config
     position: int
 
 
@@ -128,6 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         self.paged_memory = paged_memory
         self._told_of_paging = False
         self._pager = paging.Pager(paged_memory, paged_budget)
+        self._plan: Plan | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if RULES[self.rule].states[1]:
             defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
@@ -145,6 +137,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(content)
         if "_pager" not in self.__dict__:  # a copy's states are paged anew when it steps
             self._pager = paging.Pager(self.paged_memory, self.paged_budget)
+        self._plan = None
         share_codebooks(self.state.values())
 
     @_eager
@@ -185,7 +178,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.update(self.places())
+        self.update()
         return loss
 
     def places(self) -> Iterator[Place]:
@@ -198,17 +191,34 @@ class Optimizer(torch.optim.Optimizer):
 
     @_eager
     @torch.no_grad()
-    def update(self, places: Iterable[Place]) -> None:
-        """Step the parameters at some places: everything is looked at before anything is changed."""
-        jobs = self._jobs(places)
-        if not jobs:
-            return
-        if not self.capturable and jobs[0].param.is_cuda and torch.cuda.is_current_stream_capturing():
+    def update(self, places: Iterable[Place] | None = None) -> None:
+        """Step the parameters at some places, or all: everything is looked at before anything is changed."""
+        overrides = GlobalOptimManager.get_instance().overrides()
+        resolved = self._resolver()
+        plan = None
+        if places is None:
+            plan, self._plan = self._plan, None  # a step that fails leaves none
+        if plan and plan.renew(self.param_groups, overrides, self.state, resolved):
+            self._run(plan.buckets, plan.gradients() if self.fused_clip is not None else [])
+        else:
+            jobs = self._jobs(places or self.places(), overrides, resolved)
+            if not jobs:
+                return
+            buckets = self._buckets(jobs)
+            self._run(buckets, [(job.key, job.grad) for job in jobs])
+            plan = None
+            if places is None and not self.is_paged and Plan.serves(overrides, buckets):
+                plan = Plan(self.param_groups, overrides, buckets)
+        if plan:
+            plan.release()
+            self._plan = plan
+
+    def _run(self, buckets: list[Bucket], gradients: list[tuple[Tensor, Tensor]]) -> None:
+        """Step buckets.  gradients are all pairs of a parameter and its gradient, read where they are clipped."""
+        device = buckets[0].kinds[0]
+        if not self.capturable and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise InputError(f"capturing a step in a CUDA graph needs {type(self).__name__}(..., capturable=True)")
-        scale = None
-        if self.fused_clip is not None:
-            scale = clip_factor(((job.key, job.grad) for job in jobs), self.fused_clip)
-        buckets = self._buckets(jobs)
+        scale = None if self.fused_clip is None else clip_factor(gradients, self.fused_clip)
         calls = [(bucket, *bucket.arguments(bucket.lists, scale)) for bucket in buckets if bucket.lists.params]
         if len(calls) > 1:
             require_kernels([(name, args) for _, name, args in calls])
@@ -224,25 +234,34 @@ class Optimizer(torch.optim.Optimizer):
         finally:  # what has moved has taken a step, though a later call may fail
             count(done)
 
-    def _jobs(self, places: Iterable[Place]) -> list[Job]:
+    def _resolver(self) -> Callable[[Source], Config]:
+        """What gives the configuration of a source, and remembers those of whole groups."""
+        of_groups: dict[int, Config] = {}
+
+        def resolved(source: Source) -> Config:
+            number, own = source
+            if own is not None:
+                return resolve(self.rule, self.param_groups[number], self.args, own)
+            if number not in of_groups:
+                of_groups[number] = resolve(self.rule, self.param_groups[number], self.args, {})
+            return of_groups[number]
+
+        return resolved
+
+    def _jobs(self, places: Iterable[Place], overrides: Overrides, resolved: Callable[[Source], Config]) -> list[Job]:
         """What is to be done at some places.  Raises InputError; changes nothing."""
-        overrides = GlobalOptimManager.get_instance().overrides()
-        configs: dict[int, Config] = {}
         jobs = []
         for place in places:
-            group = self.param_groups[place.group]
-            key: Tensor = group["params"][place.number]
+            key: Tensor = self.param_groups[place.group]["params"][place.number]
             if key.grad is None:
                 continue
-            config = configs.get(place.group)
-            if config is None:
-                config = configs[place.group] = resolve(self.rule, group, self.args, {})
-            if overrides and (own := overrides.of(key, place.group, place.number)):
-                config = resolve(self.rule, group, self.args, own)
+            own = overrides.of(key, place.group, place.number) if overrides else None
+            source = place.group, own or None
+            config = resolved(source)
             param, grad = memory.local(key), memory.local_gradient(key)
             if problem := self._problem(param, grad, config, sharded=param.numel() != key.numel()):
                 raise InputError(f"parameter {place.number} of group {place.group} {problem}")
-            jobs.append(Job(key, param, grad, config, place.position))
+            jobs.append(Job(key, param, grad, config, source, place.position))
         return jobs
 
     def _problem(self, param: Tensor, grad: Tensor, config: Config, sharded: bool) -> str | None:
@@ -272,9 +291,9 @@ class Optimizer(torch.optim.Optimizer):
             kind = (job.param.device, *dtypes, *tables, steps.identity(state["step"]), paged)
             bucket = buckets.get((job.config, kind))
             if bucket is None:
-                bucket = buckets[job.config, kind] = Bucket(self.rule, job.config, state, paged)
+                bucket = buckets[job.config, kind] = Bucket(self.rule, job, state, paged)
             seeded = self.stochastic_rounding and job.param.dtype is torch.bfloat16
-            bucket.add(job.param, job.grad, state, hash32(job.position) if seeded else None)
+            bucket.add(job, state, hash32(job.position) if seeded else None)
         self._pager.prefetch()
         return list(buckets.values())
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,25 @@ from .. import _runtime, functional
 from ..choosing import explain
 from ..dispatch import current_override
 from ..errors import NoKernel
+from ..native import Placed
 from ..ops.rules import RULES
 from . import memory
 from .options import Config
 from .state import BLOCKSIZE, PARTS, State
 from .steps import Steps, following
+
+Source = tuple[int, Any]  # what a configuration is resolved from: the number of a group, and a parameter's overrides
+
+
+class Job(NamedTuple):
+    """One parameter of a step: the tensor that the state belongs to, and the local shards that are worked on."""
+
+    key: Tensor
+    param: Tensor
+    grad: Tensor
+    config: Config
+    source: Source
+    position: int
 
 
 @dataclass
@@ -36,19 +50,25 @@ class Lists:
 class Bucket:
     """Parameters of one configuration, device, dtype, kind of state, number of steps and pair of codebooks.
 
-    steps   how many each has taken: an int, or a tensor that they share
-    paged   whether the states are on the host
-    states  of all parameters; those without elements are left out of the lists
+    steps    how many each has taken: an int, or a tensor that they share
+    paged    whether the states are on the host
+    steady   whether the lists have the parameters, gradients and states themselves, no views or copies
+    keys     of all parameters, like states; those without elements are left out of the lists
     """
 
-    def __init__(self, rule: str, config: Config, sample: State, paged: bool) -> None:
+    def __init__(self, rule: str, job: Job, sample: State, paged: bool) -> None:
         self.rule = rule
-        self.config = config
+        self.config = job.config
         self.paged = paged
         self.steps: Steps = sample["step"]
+        self.kinds = job.param.device, job.param.dtype, sample["state1"].dtype
         self.quantized = sample["state1"].dtype is torch.uint8
         self.codebooks = sample.get("qmap1"), sample.get("qmap2")
+        self.parts = [name for name in PARTS if name in sample]
+        self.steady = True
+        self.keys: list[Tensor] = []
         self.states: list[State] = []
+        self.sources: list[Source] = []
         self.lists = Lists()
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._plain = True
@@ -57,13 +77,19 @@ class Bucket:
         """Values that the rule keeps in one of PARTS, per element or block."""
         return RULES[self.rule].states[name[-1] == "2"]
 
-    def add(self, param: Tensor, grad: Tensor, state: State, seed: int | None) -> None:
-        """Take in a parameter, with a gradient and states of its shape; the states lie in its order."""
+    def add(self, job: Job, state: State, seed: int | None) -> None:
+        """Take in a parameter, with states of its shape that lie in its order."""
+        param, grad = job.param, job.grad
+        self.keys.append(job.key)
         self.states.append(state)
+        if job.source[1] is not None or job.source not in self.sources:
+            self.sources.append(job.source)
         if not param.numel():
+            self.steady = False
             return
         order = memory.order_of(param)
         self._plain = self._plain and type(param) in memory.PLAIN
+        self.steady = self.steady and type(job.key) in memory.PLAIN and param.is_contiguous() and grad.is_contiguous()
         target = param
         if order is not None:
             target, grad = memory.flat(param, order), memory.flat(memory.ordered(grad, order), order)
@@ -78,6 +104,41 @@ class Bucket:
                 getattr(self.lists, name).append(flat)
         if seed is not None:
             self.lists.seeds.append(seed)
+
+    def renew(self, states: Mapping[Tensor, State], resolved: Callable[[Source], Config]) -> bool:
+        """Take the configuration, gradients and states of now, of a steady bucket that took a step before.
+
+        False where anything but their values, the learning rate and its like has changed.
+        """
+        configs = {resolved(source) for source in self.sources}
+        grads: list[Any] = [param.grad for param in self.keys]
+        if len(configs) != 1 or {*map(type, grads)} != {Tensor}:
+            return False
+        self.config, before = configs.pop(), self.config
+        self.states = [states.get(key, {}) for key in self.keys]
+        try:
+            self.steps = self.states[0]["step"]
+            counts = [state["step"] for state in self.states]
+            tables = [{id(state.get(name)) for state in self.states} for name in ("qmap1", "qmap2")]
+            parts = {name: Placed([state[name] for state in self.states]) for name in self.parts}
+            params, given = Placed(self.keys), Placed(grads)
+        except (KeyError, ValueError, RuntimeError):  # no such state, not alike, without an address
+            return False
+        self.lists = Lists(params, given, **parts, seeds=self.lists.seeds)
+        together = [*map(id, counts)] if isinstance(self.steps, Tensor) else counts
+        kinds = {(one.device, one.dtype) for one in (params, given)}
+        return (
+            together.count(together[0]) == len(together)
+            and tables == [{id(table)} for table in self.codebooks]
+            and kinds == {self.kinds[:2]}
+            and (parts["state1"].device, parts["state1"].dtype) == (self.kinds[0], self.kinds[2])
+            and self.config.max_unorm == before.max_unorm
+        )
+
+    def release(self) -> None:
+        """Let go of gradients and states: who frees or replaces them after a step must be able to."""
+        self.states = []
+        self.lists = Lists(seeds=self.lists.seeds)
 
     def arguments(self, lists: Lists, grad_scale: Tensor | None) -> tuple[str, tuple[Any, ...]]:
         """Name and arguments of the op call that takes the next step of its own lists, or of parts of them."""
