@@ -19,7 +19,7 @@ from ..errors import HalfbyteWarning, InputError
 from ..kernel import show
 from ..ops.checks import FLOATS
 from ..ops.rules import RULES, hash32
-from . import checkpoint, memory, paging, steps
+from . import checkpoint, compiled, memory, paging, steps
 from .bucket import Bucket, Job, Lists, Source, count, require_kernels
 from .clip import clip_factor
 from .lanes import LANES
@@ -120,6 +120,7 @@ class Optimizer(torch.optim.Optimizer):
         self._told_of_paging = False
         self._pager = paging.Pager(paged_memory, paged_budget)
         self._plan: Plan | None = None
+        self._number = compiled.numbered(self)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         if RULES[self.rule].states[1]:
             defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
@@ -138,6 +139,7 @@ class Optimizer(torch.optim.Optimizer):
         if "_pager" not in self.__dict__:  # a copy's states are paged anew when it steps
             self._pager = paging.Pager(self.paged_memory, self.paged_budget)
         self._plan = None
+        self._number = compiled.numbered(self)
         share_codebooks(self.state.values())
 
     @_eager
@@ -178,8 +180,17 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.update()
+        if torch.compiler.is_dynamo_compiling() and self._plain():
+            params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+            if params:
+                torch.ops.halfbyte.step_optimizer(self._number, params, [param.grad for param in params])
+        else:
+            self.update()
         return loss
+
+    def _plain(self) -> bool:
+        """Whether a graph can hold all parameters as they are: no DTensors."""
+        return all(type(param) in memory.PLAIN for group in self.param_groups for param in group["params"])
 
     def places(self) -> Iterator[Place]:
         """Where every parameter stands."""
@@ -191,23 +202,26 @@ class Optimizer(torch.optim.Optimizer):
 
     @_eager
     @torch.no_grad()
-    def update(self, places: Iterable[Place] | None = None) -> None:
-        """Step the parameters at some places, or all: everything is looked at before anything is changed."""
+    def update(self, places: Iterable[Place] | None = None, given: compiled.Given | None = None) -> None:
+        """Step the parameters at some places, or all: everything is looked at before anything is changed.
+
+        given  what to step in place of the parameters that have gradients, and those gradients
+        """
         overrides = GlobalOptimManager.get_instance().overrides()
         resolved = self._resolver()
         plan = None
-        if places is None:
+        if places is None and given is None:
             plan, self._plan = self._plan, None  # a step that fails leaves none
         if plan and plan.renew(self.param_groups, overrides, self.state, resolved):
             self._run(plan.buckets, plan.gradients() if self.fused_clip is not None else [])
         else:
-            jobs = self._jobs(places or self.places(), overrides, resolved)
+            jobs = self._jobs(places or self.places(), overrides, resolved, given)
             if not jobs:
                 return
             buckets = self._buckets(jobs)
             self._run(buckets, [(job.key, job.grad) for job in jobs])
             plan = None
-            if places is None and not self.is_paged and Plan.serves(overrides, buckets):
+            if places is None and given is None and not self.is_paged and Plan.serves(overrides, buckets):
                 plan = Plan(self.param_groups, overrides, buckets)
         if plan:
             plan.release()
@@ -248,7 +262,13 @@ class Optimizer(torch.optim.Optimizer):
 
         return resolved
 
-    def _jobs(self, places: Iterable[Place], overrides: Overrides, resolved: Callable[[Source], Config]) -> list[Job]:
+    def _jobs(
+        self,
+        places: Iterable[Place],
+        overrides: Overrides,
+        resolved: Callable[[Source], Config],
+        given: compiled.Given | None,
+    ) -> list[Job]:
         """What is to be done at some places.  Raises InputError; changes nothing."""
         jobs = []
         for place in places:
@@ -258,7 +278,7 @@ class Optimizer(torch.optim.Optimizer):
             own = overrides.of(key, place.group, place.number) if overrides else None
             source = place.group, own or None
             config = resolved(source)
-            param, grad = memory.local(key), memory.local_gradient(key)
+            param, grad = given[id(key)] if given else (memory.local(key), memory.local_gradient(key))
             if problem := self._problem(param, grad, config, sharded=param.numel() != key.numel()):
                 raise InputError(f"parameter {place.number} of group {place.group} {problem}")
             jobs.append(Job(key, param, grad, config, source, place.position))
