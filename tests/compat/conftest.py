@@ -134,3 +134,38 @@ def served(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., Callable[[], None]]:
+    """`finish = launch("halfbyte", "qlora.py", "base", folder)`: start a script of this folder on the drop-in, or on
+    "bitsandbytes"; `finish()` waits for it.
+    """
+
+    def start(library: str, script: str, *words: object) -> Callable[[], None]:
+        dropped = ("HALFBYTE_", "BNB_", "PYTEST_")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+        run = ["-m", "halfbyte", "run"] if library == "halfbyte" else []
+        process = subprocess.Popen(
+            [sys.executable, *run, str(HERE / script), *map(str, words)],
+            env={**clean, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+        def finish() -> None:
+            _, said = process.communicate()
+            assert process.returncode == 0, said[-4000:]
+
+        return finish
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def base(launch: Callable[..., Callable[[], None]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the float model that all jobs of qlora.py and tuners.py start from, trained for a few steps."""
+    folder = tmp_path_factory.mktemp("qlora")
+    launch("halfbyte", "qlora.py", "base", folder)()
+    return folder

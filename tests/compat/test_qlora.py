@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,8 @@ for needed in ("transformers", "accelerate", "peft"):  # looked for, not importe
 
 pytestmark = [pytest.mark.usefixtures("real_bitsandbytes"), pytest.mark.timeout(1800)]
 
-SCRIPT = Path(__file__).with_name("qlora.py")
+Launch = Callable[..., Callable[[], None]]
+
 HAS_TRL = importlib.util.find_spec("trl") is not None
 
 KINDS = ["nf4/0", "nf4/1", "fp4/0", "fp4/1", "int8/0"]  # and whether absmax is nested
@@ -46,42 +45,15 @@ EVERY = [
 ] + [f"{kind}/{checkpointing}/adamw_8bit/trl" for kind, checkpointing in itertools.product(KINDS, "01")]
 
 
-def command(library: str, *words: object) -> subprocess.Popen[str]:
-    """The script on "bitsandbytes" or on "halfbyte"."""
-    dropped = ("HALFBYTE_", "BNB_", "PYTEST_")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    start = ["-m", "halfbyte", "run"] if library == "halfbyte" else []
-    return subprocess.Popen(
-        [sys.executable, *start, str(SCRIPT), *map(str, words)],
-        env={**clean, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate()
-    assert process.returncode == 0, said[-4000:]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the float model that all jobs start from, trained for a few steps."""
-    folder = tmp_path_factory.mktemp("qlora")
-    finish(command("halfbyte", "base", folder))
-    return folder
-
-
-def trained(base: Path, folder: Path, jobs: list[str]) -> dict[str, tuple[Any, Any]]:
+def trained(launch: Launch, base: Path, folder: Path, jobs: list[str]) -> dict[str, tuple[Any, Any]]:
     """Of each job what bitsandbytes and what halfbyte say; the two run side by side."""
     if not HAS_TRL:
         jobs = [one for one in jobs if not one.endswith("/trl")]
     outs = [folder / "bitsandbytes", folder / "halfbyte"]
     for out in outs:
         out.mkdir()
-    for process in [command(out.name, "train", base, out, *jobs) for out in outs]:
-        finish(process)
+    for finish in [launch(out.name, "qlora.py", "train", base, out, *jobs) for out in outs]:
+        finish()
     answers = [[json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()] for out in outs]
     assert [[one["job"] for one in each] for each in answers] == [jobs, jobs]
     assert [{one["served"] for one in each} for each in answers] == [{False}, {True}]
@@ -89,13 +61,13 @@ def trained(base: Path, folder: Path, jobs: list[str]) -> dict[str, tuple[Any, A
 
 
 @pytest.fixture(scope="module")
-def always(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
-    return trained(base, tmp_path_factory.mktemp("always"), ALWAYS)
+def always(launch: Launch, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+    return trained(launch, base, tmp_path_factory.mktemp("always"), ALWAYS)
 
 
 @pytest.fixture(scope="module")
-def every(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
-    return trained(base, tmp_path_factory.mktemp("every"), EVERY)
+def every(launch: Launch, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+    return trained(launch, base, tmp_path_factory.mktemp("every"), EVERY)
 
 
 def check(job: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -131,22 +103,22 @@ def test_fine_tuning_follows_bitsandbytes_in_every_combination(every, job):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(launch: Launch, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Written and read by both: WRITER/KIND is a checkpoint, WRITER-READER/KIND.pt what was read of it."""
     folder, writers = tmp_path_factory.mktemp("checkpoints"), ("bitsandbytes", "halfbyte")
     for writer in writers:
         (folder / writer).mkdir()
-    for process in [command(writer, "save", base, folder / writer, *KINDS) for writer in writers]:
-        finish(process)
+    for finish in [launch(writer, "qlora.py", "save", base, folder / writer, *KINDS) for writer in writers]:
+        finish()
     names = [kind.replace("/", "-") for kind in KINDS]
     for reader in writers:
         running = []
         for writer in writers:
             out = folder / f"{writer}-{reader}"
             out.mkdir()
-            running.append(command(reader, "read", out, *(folder / writer / name for name in names)))
-        for process in running:
-            finish(process)
+            running.append(launch(reader, "qlora.py", "read", out, *(folder / writer / name for name in names)))
+        for finish in running:
+            finish()
     return folder
 
 
