@@ -66,10 +66,7 @@ def quantize_4bit(
     Source: Dettmers et al. 2023, QLoRA, section 3 (arXiv 2305.14314).
     """
     n_bytes = (x.numel() + 1) // 2
-    if storage not in formats.STORAGES:
-        raise InputError(f"storage must be one of {', '.join(map(show, formats.STORAGES))}; got {show(storage)}")
-    if n_bytes % storage.itemsize:
-        raise InputError(f"{n_bytes} packed bytes cannot be viewed as {show(storage)} ({storage.itemsize} bytes each)")
+    check_storage(n_bytes, storage)
     packed, absmax = _call("quantize_4bit", _ops.quantize_4bit.default, x.detach(), format, blocksize)
     code = formats.levels(format, x.device)
     state = QuantState(absmax, x.shape, code, blocksize, format, x.dtype)
@@ -77,6 +74,14 @@ def quantize_4bit(
         state.offset = pairwise_mean(absmax)
         state.absmax, state.state2 = quantize_8bit(absmax - state.offset, blocksize=formats.NESTED_BLOCKSIZE)
     return packed.view(storage).unsqueeze(1), state
+
+
+def check_storage(n_bytes: int, storage: torch.dtype) -> None:
+    """Raise InputError where so many packed bytes cannot be viewed as `storage`."""
+    if storage not in formats.STORAGES:
+        raise InputError(f"storage must be one of {', '.join(map(show, formats.STORAGES))}; got {show(storage)}")
+    if n_bytes % storage.itemsize:
+        raise InputError(f"{n_bytes} packed bytes cannot be viewed as {show(storage)} ({storage.itemsize} bytes each)")
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, *, dtype: torch.dtype | None = None) -> Tensor:

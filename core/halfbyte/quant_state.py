@@ -232,6 +232,8 @@ class QuantState:
         shape = _shape(stored["shape"])
         blocks = -(-math.prod(shape) // blocksize)
         absmax = _tensor(stored, "absmax", torch.uint8 if nested else torch.float32, blocks, device)
+        if absmax.numel() > blocks + 1:  # bitsandbytes' Triton kernels may leave one more; others are of other blocks
+            raise FormatError(f"absmax must have {blocks} elements; got {absmax.numel()}")
         code = _tensor(stored, "quant_map", torch.float32, 16, device)
         _same_table(code, quant_type)
         offset = state2 = None

@@ -146,3 +146,108 @@ print("done")
     )
 
     assert done.stdout.endswith("done\n")
+
+
+def test_every_flow_opens_no_connection_and_starts_no_process(served):
+    done = served(
+        """
+import sys
+seen = []
+watched = ("socket.", "urllib.", "ftplib.", "http.", "subprocess.Popen", "os.system", "os.posix_spawn", "os.exec")
+sys.addaudithook(lambda event, args: event.startswith(watched) and seen.append(event))
+"""
+        + TINY
+        + """
+import bitsandbytes as bnb
+before = [event for event in seen if event != "socket.__new__"]  # torch and transformers at their import
+
+for kind in ("nf4", "fp4", "int8"):
+    model = load(kind)
+    model(input_ids=ids, labels=ids).loss
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    x = torch.randn(3, 64, requires_grad=True)
+    model.model.layers[0].mlp.up_proj(x).sum().backward()
+    model.save_pretrained("quantized")
+    LlamaForCausalLM.from_pretrained("quantized")
+bnb.optim.AdamW8bit([torch.nn.Parameter(torch.randn(5000))]).step()
+assert [event for event in seen if event != "socket.__new__"] == before, seen
+print("done")
+"""
+    )
+
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("bnb_4bit_quant_type='af4'", "quant_type must be one of nf4, fp4; got 'af4'"),
+        ("bnb_4bit_quant_storage=torch.int16", "storage must be one of uint8, "),
+        ("bnb_4bit_compute_dtype=torch.int8", "compute_dtype must be float32, float16, bfloat16; got int8"),
+    ],
+)
+def test_what_there_is_not_is_refused_before_any_weight_is_read(served, options, message):
+    done = served(
+        TINY
+        + f"""
+import traceback
+quantized = BitsAndBytesConfig(load_in_4bit=True, {options})
+try:
+    LlamaForCausalLM.from_pretrained("base", quantization_config=quantized)
+except ValueError as error:
+    steps = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    assert "_process_model_before_weight_loading" in steps, steps
+    print(error)
+"""
+    )
+
+    assert done.stdout.splitlines()[-1].startswith(message)
+
+
+CORRUPT = {
+    "absmax is short": "entries[key + '.absmax'] = entries[key + '.absmax'][:-1].clone()",
+    "absmax is of other blocks": "change(blocksize=128)",
+    "absmax is missing": "del entries[key + '.absmax']",
+    "codes are short": "entries[key] = entries[key][:-1].clone()",
+    "shape is another": "change(shape=[64, 128])",
+    "shape is huge": "change(shape=[2**40, 128])",
+    "type is another": "change(quant_type='af4')",
+    "dtype is no dtype": "change(dtype='save')",
+    "state is no JSON": "entries[blob] = torch.zeros(9, dtype=torch.uint8)",
+    "scales are short": "entries[scales] = entries[scales][:-1].clone()",
+    "scales are float16": "entries[scales] = entries[scales].half()",
+    "scales are missing": "del entries[scales]",
+}
+
+
+def test_corrupt_checkpoint_is_refused(served):
+    done = served(
+        TINY
+        + f"""
+import json, logging, shutil
+from safetensors.torch import load_file, save_file
+logging.disable(logging.CRITICAL)
+load("nf4").save_pretrained("nf4")
+load("int8").save_pretrained("int8")
+key = "model.layers.0.mlp.up_proj.weight"
+scales, blob = "model.layers.0.mlp.up_proj.SCB", key + ".quant_state.bitsandbytes__nf4"
+
+def change(**values):
+    state = {{**json.loads(bytes(entries[blob].tolist())), **values}}
+    entries[blob] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+for name, spoil in {CORRUPT!r}.items():
+    shutil.copytree("int8" if "scales" in spoil else "nf4", "spoilt", dirs_exist_ok=True)
+    entries = load_file("spoilt/model.safetensors")
+    exec(spoil)
+    save_file(entries, "spoilt/model.safetensors", metadata={{"format": "pt"}})
+    try:
+        LlamaForCausalLM.from_pretrained("spoilt")
+    except RuntimeError:
+        continue
+    print("loaded although", name)
+print("done")
+"""
+    )
+
+    assert done.stdout == "done\n"  # and no name of what was loaded all the same

@@ -10,13 +10,15 @@ from .. import functional
 from ..quant_state import QuantState
 from .params4bit import Params4bit
 from .params8bit import Int8Params
-from .stored import Stored4bit, StoredInt8
+from .stored import Stored4bit, StoredInt8, check_options_4bit
 
 
 class Embedding4bit(Stored4bit, nn.Embedding):
     """nn.Embedding with a 4-bit table, quantized when first moved to a device (the CPU counts).
 
     Only the rows looked up are dequantized where a row is a whole number of blocks; otherwise the whole table is.
+
+    Raises InputError for a quant_type or a quant_storage that there is not.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Embedding4bit(Stored4bit, nn.Embedding):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
     ) -> None:
+        check_options_4bit(torch.Size((num_embeddings, embedding_dim)), quant_type, quant_storage)
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.dtype = self.weight.dtype
         self.weight = Params4bit(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops import checks
 from .params4bit import Params4bit
-from .stored import Stored4bit
+from .stored import Stored4bit, check_options_4bit
 
 
 class Linear4bit(Stored4bit, nn.Linear):
@@ -19,6 +20,9 @@ class Linear4bit(Stored4bit, nn.Linear):
     quant_storage        dtype that the packed bytes are viewed as
 
     Gradients reach the input and the bias; the weight is frozen.
+
+    Raises InputError for a quant_type, a quant_storage or a compute_dtype that there is not.
+
     Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314); the signature is bitsandbytes'.
     """
 
@@ -33,6 +37,9 @@ class Linear4bit(Stored4bit, nn.Linear):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
     ) -> None:
+        check_options_4bit(torch.Size((output_features, input_features)), quant_type, quant_storage)
+        if compute_dtype is not None:
+            checks.floating("compute_dtype", compute_dtype)
         super().__init__(input_features, output_features, bias, device)
         self.weight = Params4bit(
             self.weight.data,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..errors import FormatError
 from ..quant_state import QuantState
 from .movable import MovableParameter
 
@@ -97,11 +98,20 @@ class Params4bit(MovableParameter):
 
         quantized_stats  keys as in the checkpoint; whatever stands before the last dot is ignored
         device           of the result; the data's when None
+        module           the layer that the parameter is for, which gets the state, too
 
-        Raises FormatError where the statistics are not a 4-bit state.
+        Raises FormatError where the statistics are not a 4-bit state, or not of these data and this layer.
         """
         device = data.device if device is None else torch.device(device)
         state = QuantState.from_dict(quantized_stats, device=device)
+        shape = torch.Size(state.shape or ())
+        wanted: Any = getattr(module, "full_shape", None)
+        expected = wanted() if wanted else shape
+        if shape != expected:
+            raise FormatError(f"shape must be {tuple(expected)}; got {tuple(shape)}")
+        n_bytes = data.numel() * data.element_size()
+        if n_bytes != (shape.numel() + 1) // 2:
+            raise FormatError(f"{tuple(shape)} takes {(shape.numel() + 1) // 2} packed bytes; got {n_bytes}")
         if module is not None:
             module.quant_state = state  # type: ignore[assignment]
         return cls(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..errors import FormatError
 from .movable import MovableParameter
 
 
@@ -23,6 +24,8 @@ class Int8Params(MovableParameter):
     CB                the int8 data, as bitsandbytes' users read it
     SCB               float32 (N,), the absolute maximum of each row
     kwargs            ignored, so that a foreign `__dict__` may be passed on
+
+    Raises FormatError where SCB is not that of int8 data.
     """
 
     has_fp16_weights: bool
@@ -38,6 +41,8 @@ class Int8Params(MovableParameter):
         SCB: Tensor | None = None,
         **kwargs: Any,
     ) -> Int8Params:
+        if data is not None and data.dtype == torch.int8 and data.ndim == 2:
+            _check_absmax(data, SCB)
         self: Int8Params = cls.over(data, requires_grad and (data is None or data.is_floating_point()))
         self.has_fp16_weights = has_fp16_weights
         self.CB = CB
@@ -97,6 +102,11 @@ def quantize_rows_as_fp16(weight: Tensor) -> tuple[Tensor, Tensor]:
 def fits_float16(weight: Tensor) -> bool:
     """Whether float16 holds every finite value, rounded."""
     return weight.dtype == torch.float16 or not bool((weight.half().isinf() & weight.isfinite()).any())
+
+
+def _check_absmax(rows: Tensor, absmax: Tensor | None) -> None:
+    if absmax is not None and (absmax.dtype != torch.float32 or absmax.shape != rows.shape[:1]):
+        raise FormatError(f"SCB must be float32 ({rows.shape[0]},); got {absmax.dtype} {tuple(absmax.shape)}")
 
 
 def _rebuild(

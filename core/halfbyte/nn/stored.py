@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import formats, functional
 from ..derived import drop_derived
 from ..errors import FormatError, InputError
 from ..kernel import show
@@ -35,6 +35,13 @@ from .frozen import (
 )
 from .params4bit import Params4bit
 from .params8bit import Int8Params
+
+
+def check_options_4bit(shape: torch.Size, quant_type: str, storage: torch.dtype) -> None:
+    """Raise InputError where no weight of that shape can be quantized so: before there is one."""
+    if quant_type not in formats.FORMATS:
+        raise InputError(f"quant_type must be one of {', '.join(formats.FORMATS)}; got {quant_type!r}")
+    functional.check_storage((shape.numel() + 1) // 2, storage)
 
 
 class Stored4bit(nn.Module):
@@ -136,9 +143,6 @@ class Stored4bit(nn.Module):
         expected = self.full_shape()
         if state is None or state.shape != expected:
             raise FormatError(f"shape must be {tuple(expected)}; got {tuple(state.shape or ()) if state else None}")
-        n_bytes = packed.numel() * packed.element_size()
-        if n_bytes != (expected.numel() + 1) // 2:
-            raise FormatError(f"{tuple(expected)} takes {(expected.numel() + 1) // 2} packed bytes; got {n_bytes}")
         frozen = self.frozen is not None and not isinstance(self.weight, Params4bit)
         weight.module = self
         self.weight = weight
