@@ -17,8 +17,6 @@ from halfbyte.native import DTYPES, FORMATS, address
 # csrc/include/halfbyte/gemm.h, or ("dequantize",): the weight in slabs, then torch's matmul.
 Choice: TypeAlias = tuple[Any, ...]
 
-SLAB = 64 << 20  # bytes of a dequantized slab; tuning.json and docs/benchmarks were measured with it
-
 
 def linear_4bit(
     c: Any,
@@ -76,7 +74,7 @@ def run(
             return part
 
         y = x.new_empty((*x.shape[:-1], out_features))
-        return native_gpu.by_slabs(x.reshape(-1, k), slab, bias, y, most=SLAB)
+        return native_gpu.by_slabs(x.reshape(-1, k), slab, bias, y, most=native_gpu.SLAB)
     dense = native_gpu.dense
     x, packed, absmax = dense(x), dense(packed), dense(absmax)
     if bias is not None:

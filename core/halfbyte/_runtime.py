@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
 
+from . import calling, ops
 from . import config as configuration
-from . import ops
 from .config import Config
 from .dispatch import Dispatcher
 from .errors import BackendUnavailable, ConfigError, HalfbyteWarning
@@ -16,8 +14,8 @@ from .reference import ReferenceBackend
 from .torch_ops import register
 
 
-def start() -> tuple[Dispatcher, dict[str, Callable[..., Any]]]:
-    """Load plugins, register every op with torch; the dispatcher and the callers by op name."""
+def start() -> Dispatcher:
+    """Load plugins, register every op with torch, fill the tables of `calling`."""
     config = configuration.read()
     plugins = Plugins()
     plugins.ops.update((op.name, op) for op in ops.ALL)
@@ -25,9 +23,9 @@ def start() -> tuple[Dispatcher, dict[str, Callable[..., Any]]]:
     plugins.providers["reference"] = "halfbyte"
     installed = plugins.load(config.plugins)
     dispatcher = Dispatcher(plugins, config)
-    callers = {name: dispatcher.caller(op) for name, op in plugins.ops.items()}
     for name, op in plugins.ops.items():
-        register(op, callers[name])
+        calling.planned[name] = dispatcher.caller(op)
+        calling.differentiated[name] = register(op, calling.planned[name])
     problems = config.errors + configuration.unknown_ops(config, plugins.ops)
     problems += configuration.unknown_plugins(config, installed)
     if problems:
@@ -36,7 +34,7 @@ def start() -> tuple[Dispatcher, dict[str, Callable[..., Any]]]:
         dispatcher.check_choice()
     except (ConfigError, BackendUnavailable) as error:
         warnings.warn(f"{error} (`halfbyte doctor` explains)", HalfbyteWarning, stacklevel=2)
-    return dispatcher, callers
+    return dispatcher
 
 
-dispatcher, callers = start()
+dispatcher = start()

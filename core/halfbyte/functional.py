@@ -1,45 +1,20 @@
-"""What users call: fills in defaults, packs and unpacks QuantState, calls the op.
-
-Where nothing observes the call (no gradient, no compile, no tracing, no dispatch mode) the planned kernel is
-called directly; otherwise torch's op is, and does the same.
-"""
+"""What users call: fills in defaults, packs and unpacks QuantState, calls the op."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _runtime, formats
+from . import _runtime as _runtime  # fills the tables of calling
+from . import calling, formats
+from .calling import call
 from .errors import InputError
 from .kernel import show
 from .quant_state import QuantState
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _AsBytes = torch._C.DisableTorchFunctionSubclass  # Params4bit intercepts torch functions; inside it is only bytes
-_callers = _runtime.callers
 _NOT_NESTED = (None, None, None)
 _ops = torch.ops.halfbyte
-
-
-def _direct(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether a call on x may skip torch's dispatcher."""
-    return (
-        type(x) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not x.is_meta
-    )
-
-
-def _call(name: str, observed: Callable[..., Any], x: Tensor, *rest: Any, bias: Tensor | None = None) -> Any:
-    """Run an op: the planned kernel where nothing observes the call, torch's op otherwise."""
-    return _callers[name](x, *rest) if _direct(x, bias) else observed(x, *rest)
 
 
 # -- 4 bit ---------------------------------------------------------------------------------------------------
@@ -67,7 +42,7 @@ def quantize_4bit(
     """
     n_bytes = (x.numel() + 1) // 2
     check_storage(n_bytes, storage)
-    packed, absmax = _call("quantize_4bit", _ops.quantize_4bit.default, x.detach(), format, blocksize)
+    packed, absmax = call("quantize_4bit", _ops.quantize_4bit.default, x.detach(), format, blocksize)
     code = formats.levels(format, x.device)
     state = QuantState(absmax, x.shape, code, blocksize, format, x.dtype)
     if nested:
@@ -92,7 +67,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, *, dtype: torch.dtype | N
     """
     shape, format, blocksize = _described(state)
     with _AsBytes():
-        x: Tensor = _call(
+        x: Tensor = call(
             "dequantize_4bit",
             _ops.dequantize_4bit.default,
             as_bytes(packed),
@@ -120,10 +95,9 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     nested = _NOT_NESTED if state.state2 is None else state.nested_tensors()
     with _AsBytes():
         packed = as_bytes(packed)
-        if _direct(x, bias):
-            op = _callers["linear_4bit"]
-        else:
-            op, packed = _ops.linear_4bit.default, packed.detach()  # modes want plain tensors
+        op = calling.op("linear_4bit", _ops.linear_4bit.default, x, bias)
+        if op is not calling.planned["linear_4bit"]:
+            packed = packed.detach()  # modes and a gradient want plain tensors
         y: Tensor = op(x, packed, state.absmax, *nested, bias, format, blocksize, shape[0])
         return y
 
@@ -167,9 +141,9 @@ def quantize_8bit(x: Tensor, *, codebook: str | Tensor = "dynamic", blocksize: i
     else:
         table = codebook
         # To look at it would wait for an accelerator and break a graph.
-        if table.device.type == "cpu" and _direct(x.detach(), None) and bool((table[1:] < table[:-1]).any()):
+        if table.device.type == "cpu" and calling.unobserved(x) and bool((table[1:] < table[:-1]).any()):
             raise InputError("codebook must ascend; got one that does not")
-    codes, absmax = _call("quantize_8bit", _ops.quantize_8bit.default, x.detach(), table, blocksize)
+    codes, absmax = call("quantize_8bit", _ops.quantize_8bit.default, x.detach(), table, blocksize)
     return codes, QuantState(absmax, x.shape, table, blocksize, None, x.dtype)
 
 
@@ -178,7 +152,7 @@ def dequantize_8bit(codes: Tensor, state: QuantState, *, dtype: torch.dtype | No
 
     dtype      of the result; the original's when None
     """
-    x: Tensor = _call(
+    x: Tensor = call(
         "dequantize_8bit",
         _ops.dequantize_8bit.default,
         codes,
@@ -200,7 +174,7 @@ def quantize_int8_rows(x: Tensor, *, threshold: float = 0.0) -> tuple[Tensor, Te
     threshold  magnitude from which a value is an outlier; 0.0 for none
     returns    q int8 of x's shape, absmax float32 (rows,), outlier_columns bool (K,)
     """
-    return _call("quantize_int8_rows", _ops.quantize_int8_rows.default, x.detach(), float(threshold))  # type: ignore[no-any-return]
+    return call("quantize_int8_rows", _ops.quantize_int8_rows.default, x.detach(), float(threshold))  # type: ignore[no-any-return]
 
 
 def quantize_int8_columns(x: Tensor, *, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -220,7 +194,7 @@ def quantize_int8_columns(x: Tensor, *, threshold: float = 0.0) -> tuple[Tensor,
 
 def dequantize_int8(q: Tensor, absmax: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Undo quantize_int8_rows: q * absmax / 127 of its row."""
-    x: Tensor = _call("dequantize_int8", _ops.dequantize_int8.default, q, absmax, None, None, dtype)
+    x: Tensor = call("dequantize_int8", _ops.dequantize_int8.default, q, absmax, None, None, dtype)
     return x
 
 
@@ -246,5 +220,5 @@ def linear_int8(
     """
     args = (weight, absmax, bias, float(threshold), mode)
     with _AsBytes():
-        y: Tensor = _call("linear_int8", _ops.linear_int8.default, x, *args, bias=bias)
+        y: Tensor = call("linear_int8", _ops.linear_int8.default, x, *args, bias=bias)
         return y

@@ -386,8 +386,9 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 # -- products with slabs of a weight -------------------------------------------------------------------------
 
-# Bytes of a weight that is dequantized at a time: it is multiplied while still in the L2 cache.
-SLAB = 16 << 20
+# Bytes of a weight that is dequantized at a time.  Slabs of 16 MiB would stay in the L2 cache, but a fine-tuning step
+# with four of them per layer waits for the host.
+SLAB = 64 << 20
 _LEAST = 1 << 20  # a weight of fewer bytes is one slab; of a larger one never more than half is there
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _runtime, choosing, formats
+from . import calling, choosing, formats
 from .errors import HalfbyteError, HalfbytePerformanceWarning
 from .kernel import show
 from .op import Op
@@ -77,7 +77,7 @@ def run_case(op: Op, case: Case, device: torch.device | str) -> Result:
         ran = (decision.backend, decision.variant)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HalfbytePerformanceWarning)  # the result says which backend ran
-            got = results(op, _runtime.callers[op.name], args)
+            got = results(op, calling.planned[op.name], args)
         wrong = differences(op, got, results(op, op.reference, kept))
     except HalfbyteError as error:
         return Result(*where, *ran, False, str(error))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import halfbyte
 from halfbyte import formats
-from halfbyte._runtime import callers
+from halfbyte.calling import planned as callers
 from halfbyte.ops import optimizer as ops
 from halfbyte.ops import rules
 from halfbyte.testing import cases

@@ -12,7 +12,7 @@ import halfbyte
 from halfbyte import formats
 from halfbyte import functional as F
 from halfbyte import ops as op_table
-from halfbyte._runtime import callers
+from halfbyte.calling import planned as callers
 from halfbyte.testing import cases
 
 ops = torch.ops.halfbyte

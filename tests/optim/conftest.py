@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte import _runtime, optim
+from halfbyte import calling, optim
 
 
 class Oracle:
@@ -109,5 +109,5 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
         return call
 
     for name in ("update_32bit", "update_8bit"):
-        monkeypatch.setitem(_runtime.callers, name, watched(name, _runtime.callers[name]))
+        monkeypatch.setitem(calling.planned, name, watched(name, calling.planned[name]))
     return seen

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..calling import call
 from ..errors import InputError
 from ..op import Op
 from . import checks
@@ -259,7 +260,8 @@ def _backward_linear(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         weight, weight_absmax = ctx.saved_tensors
-        dx = dy @ torch.ops.halfbyte.dequantize_int8.default(weight, weight_absmax, None, None, dy.dtype)
+        op = torch.ops.halfbyte.dequantize_int8.default
+        dx = dy @ call("dequantize_int8", op, weight, weight_absmax, None, None, dy.dtype)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
     return (dx, None, None, dbias, None, None)

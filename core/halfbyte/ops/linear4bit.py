@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calling import call
 from ..errors import InputError
 from ..op import Op
 from . import checks
@@ -117,7 +118,8 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_linear(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.halfbyte.linear_4bit_backward.default(dy, *ctx.saved_tensors, *ctx.rest)
+        op = torch.ops.halfbyte.linear_4bit_backward.default
+        dx = call("linear_4bit_backward", op, dy, *ctx.saved_tensors, *ctx.rest)
     if ctx.has_bias and ctx.needs_input_grad[6]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
     return (dx, None, None, None, None, None, dbias, None, None, None)

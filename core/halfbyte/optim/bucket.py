@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _runtime, functional
+from .. import _runtime, calling
 from ..choosing import explain
 from ..dispatch import current_override
 from ..errors import NoKernel
@@ -156,8 +156,8 @@ class Bucket:
 
     def call(self, name: str, args: tuple[Any, ...]) -> None:
         """Call the op on its arguments: the planned kernel where nothing observes, torch's op otherwise."""
-        direct = self._plain and functional._direct(args[1][0], None)
-        call = _runtime.callers[name] if direct else getattr(torch.ops.halfbyte, name).default
+        direct = self._plain and calling.direct(args[1][0])
+        call = calling.planned[name] if direct else getattr(torch.ops.halfbyte, name).default
         call(*args)
 
     def finish(self) -> None:
