@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -22,59 +20,8 @@ from torch import Tensor
 
 from halfbyte import formats
 
-from .launch import cdiv, config, launch
-
-INTERPRETED: tl.constexpr = tl.constexpr(
-    os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-)
-
-# 1.5 * 2^23: a float32 below 2^22 added to it is rounded to an integer, in the low bits.
-MAGIC: tl.constexpr = tl.constexpr(12582912.0)
-
-
-# -- shared pieces -------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 to dtype, to the nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # which cuts bits off (triton 3.6 to 3.9)
-        bits = x.to(tl.int32, bitcast=True)
-        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, even, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def widened(x):
-    """float32 of any float."""
-    if INTERPRETED and x.dtype == tl.bfloat16:  # whose subnormals it gets wrong
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def or_zero(x):
-    """x, and 0 where it is NaN or negative."""
-    if INTERPRETED:  # whose maximum spreads NaN
-        return tl.where(x > 0, x, 0.0)
-    return tl.maximum(x, 0.0)
-
-
-@triton.jit
-def block_absmax(x):
-    """The largest magnitude of each row, NaN left out."""
-    magnitude = tl.abs(x)
-    if INTERPRETED:
-        magnitude = tl.where(magnitude >= 0, magnitude, 0.0)
-    return or_zero(tl.max(magnitude, axis=1))
-
-
-@triton.jit
-def reciprocal(absmax):
-    """1 / absmax; NaN where that overflows, so that every code becomes 0."""
-    r = tl.div_rn(1.0, absmax)
-    return tl.where(r == float("inf"), float("nan"), r)
+from .launch import cdiv, config, is_nvidia, launch, warps, width
+from .pieces import INTERPRETED, MAGIC, block_absmax, look_up, reciprocal, rounded, widened
 
 
 @triton.jit
@@ -99,10 +46,14 @@ def _encode_nf4(s, table_ptr):
     and 0.5 would do (tests/backends/triton/test_triton_tables.py).  One comparison with the threshold itself, which a
     shuffle or shared memory serves, then decides between codes k and k + 1.
     """
+    if INTERPRETED:  # whose maximum spreads NaN
+        s = tl.where(s > -1, s, -1.0)
+    else:
+        s = tl.maximum(s, -1.0)
     near = ((-4.42463185 * s + 0.64410488) * s + 11.41405378) * s + 6.62003184
-    k = (or_zero(near) + MAGIC).to(tl.int32, bitcast=True) & 15
-    threshold = tl.load(table_ptr + tl.arange(0, 16))
-    return k + (s > tl.gather(threshold, k, 0)).to(tl.int32)
+    k = (near + MAGIC).to(tl.int32, bitcast=True) & 15
+    below = look_up(table_ptr, k, 16) - s  # whose sign is exact
+    return k + (below.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
 
 
 @triton.jit
@@ -134,6 +85,7 @@ def quantize_kernel(
     BLOCKS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     FP4: tl.constexpr,
+    NVIDIA: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     TILE: tl.constexpr = BLOCKS * BLOCKSIZE
@@ -145,7 +97,7 @@ def quantize_kernel(
     else:
         x = widened(tl.load(x_ptr + program * TILE + at, mask=at < left, other=0.0))
     absmax = block_absmax(x)
-    s = tl.reshape(x * reciprocal(absmax)[:, None], [TILE])
+    s = tl.reshape(x * reciprocal(absmax, NVIDIA)[:, None], [TILE])
     if FP4:
         code = _encode_fp4(s, table_ptr)
         blank = 0
@@ -186,6 +138,7 @@ def quantize_4bit(x: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tenso
             BLOCKS=tile // blocksize,
             BLOCKSIZE=blocksize,
             FP4=formats.FORMATS[format].sign_bit,
+            NVIDIA=is_nvidia(x.device),
             WHOLE=n % tile == 0,
             num_warps=warps(tuned, tile),
         )
@@ -197,17 +150,6 @@ def thresholds(format: str, device: torch.device) -> Tensor:
     """The thresholds of a format, filled up to sixteen."""
     values = formats.table("thresholds", format, device)
     return torch.nn.functional.pad(values, (0, 16 - values.numel()), value=math.inf)
-
-
-def width(dtype: torch.dtype) -> str:
-    """Bytes per element, which decide how much one thread should take."""
-    return str(dtype.itemsize)
-
-
-def warps(tuned: Any, tile: int) -> int:
-    """The tuned number, more where a block is larger than the tile that it was found for."""
-    more: int = tuned["num_warps"] * max(tile // tuned["TILE"], 1)
-    return min(more, 8)
 
 
 # -- dequantize ----------------------------------------------------------------------------------------------
@@ -232,7 +174,6 @@ def dequantize_kernel(
     # A step is small, so that a thread reads as many bytes as become one 16-byte store; steps overlap.
     TILE: tl.constexpr = BLOCKS * BLOCKSIZE
     HALF: tl.constexpr = BLOCKSIZE // 2
-    levels = tl.load(levels_ptr + tl.arange(0, 16))
     place = tl.arange(0, BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     for step in tl.static_range(STEPS):
         tile = tl.program_id(0).to(tl.int64) * STEPS + step
@@ -245,8 +186,8 @@ def dequantize_kernel(
         inside = None if WHOLE else block * BLOCKSIZE < left
         absmax = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, tile * BLOCKS + block, inside, NESTED)
         byte = tl.reshape(byte, [TILE // 2])
-        high = tl.reshape(tl.gather(levels, byte >> 4, 0), [BLOCKS, HALF]) * absmax[:, None]
-        low = tl.reshape(tl.gather(levels, byte & 15, 0), [BLOCKS, HALF]) * absmax[:, None]
+        high = tl.reshape(look_up(levels_ptr, byte >> 4, 16), [BLOCKS, HALF]) * absmax[:, None]
+        low = tl.reshape(look_up(levels_ptr, byte & 15, 16), [BLOCKS, HALF]) * absmax[:, None]
         values = rounded(tl.reshape(tl.join(high, low), [TILE]), out_ptr.dtype.element_ty)
         at = tl.arange(0, TILE)
         if WHOLE:

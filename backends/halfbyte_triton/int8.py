@@ -18,9 +18,9 @@ from torch import Tensor
 
 from halfbyte.ops import int8 as reference
 
-from .fourbit import MAGIC, or_zero, rounded, widened, width
-from .launch import cdiv, config, launch, power_of_2
+from .launch import cdiv, config, launch, power_of_2, width
 from .linear4bit import product, shares_of, sum_shares
+from .pieces import MAGIC, or_zero, rounded, widened
 
 # -- rows ----------------------------------------------------------------------------------------------------
 

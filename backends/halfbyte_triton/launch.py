@@ -2,7 +2,7 @@
 
 Configurations are data, `tuned.json`: arch -> operation -> bucket -> constants of the kernel.  They are read at the
 first launch and never searched for at run time; `python -m halfbyte_triton.tune` measures candidates on a GPU and
-prints new ones.
+writes new ones.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from halfbyte.errors import KernelUnusable
 
 Config = Mapping[str, int]
 
+compile_only = False  # launches only compile: what processes of halfbyte_triton.tune do
+
 # Compilers below Triton's own report failure as RuntimeError, like the driver does for everything.
 _REFUSED = re.compile(
     r"PassManager::run failed|no kernel image|image is invalid|ptxas|C compiler|out of resource", re.I
@@ -38,7 +40,10 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     """
     with _current(device):
         try:
-            kernel[tuple(grid)](*args, **options)
+            if compile_only:
+                kernel.warmup(*args, grid=tuple(grid), **options)
+            else:
+                kernel[tuple(grid)](*args, **options)
         except InterpreterError:
             raise
         except (CompilationError, OutOfResources, TritonError) as error:
@@ -84,7 +89,7 @@ def is_nvidia(device: torch.device) -> bool:
 def config(operation: str, bucket: str, device: torch.device) -> Config:
     """The constants to launch an operation with, by arch, then by vendor, then for any GPU."""
     for name in _names(arch(device)):
-        found = _tuned().get(name, {}).get(operation, {}).get(bucket)
+        found = tuned().get(name, {}).get(operation, {}).get(bucket)
         if found is not None:
             return found
     raise LookupError(f"tuned.json has no {operation} for bucket {bucket!r}")
@@ -96,7 +101,7 @@ def _names(name: str) -> list[str]:
 
 
 @functools.cache
-def _tuned() -> dict[str, dict[str, dict[str, Config]]]:
+def tuned() -> dict[str, dict[str, dict[str, Config]]]:
     text = (importlib.resources.files(__package__) / "tuned.json").read_text(encoding="utf-8")
     found: dict[str, dict[str, dict[str, Config]]] = json.loads(text)
     return found
@@ -109,3 +114,20 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def width(dtype: torch.dtype) -> str:
+    """Bytes per element, which decide how much one thread should take."""
+    return str(dtype.itemsize)
+
+
+def warps(tuned: Config, tile: int) -> int:
+    """The tuned number, more where a block is larger than the tile that it was found for."""
+    more: int = tuned["num_warps"] * max(tile // tuned["TILE"], 1)
+    return min(more, 8)
+
+
+def registers(tuned: Config, device: torch.device) -> dict[str, int]:
+    """The option that bounds the registers of a thread, so that more threads fit; Triton has it for NVIDIA."""
+    most = tuned.get("REGISTERS", 0)
+    return {"maxnreg": most} if most and is_nvidia(device) else {}

@@ -24,8 +24,9 @@ from torch import Tensor
 from halfbyte import formats
 
 from . import decode
-from .fourbit import INTERPRETED, contiguous_scales, dequantize_4bit, load_absmax, rounded, widened
+from .fourbit import contiguous_scales, dequantize_4bit, load_absmax
 from .launch import Config, cdiv, config, is_nvidia, launch, power_of_2, processors
+from .pieces import INTERPRETED, look_up, rounded, widened
 
 
 @triton.jit
@@ -38,18 +39,49 @@ def product(a, b, acc):
 
 
 @triton.jit
-def _weight(byte, levels_ptr, ROWS: tl.constexpr, HALF: tl.constexpr, ASSEMBLY: tl.constexpr, dtype: tl.constexpr):
-    """Levels, in dtype, of packed bytes (ROWS, HALF): (ROWS, 2 * HALF)."""
+def _weight(word, levels_ptr, ASSEMBLY: tl.constexpr, dtype: tl.constexpr):
+    """Levels, in dtype, of words of eight codes (ROWS, WORDS): (ROWS, 8 * WORDS), in the order of `_order`.
+
+    levels_ptr   the sixteen levels, or `decode.words`
+    """
+    ROWS: tl.constexpr = word.shape[0]
+    EACH: tl.constexpr = word.shape[1] // 4
     if ASSEMBLY != "":
-        pair = tl.inline_asm_elementwise(ASSEMBLY, "=&r,=&r,=&r,=&r,r", [byte], dtype=tl.int32, is_pure=True, pack=4)
+        # Of tensors, as Triton moves no layout past scalars, and of a copy for each thread of a quad, as ptxas would
+        # keep what is the same in all threads where no instruction can use it.
+        one = levels_ptr + 4 * (tl.arange(0, 4 * EACH)[None, :] // EACH)
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [word, tl.load(one), tl.load(one + 1), tl.load(one + 2), tl.load(one + 3)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        pair = tl.join(tl.join(a, b), tl.join(c, d))  # ..., number of the byte: low bit, high bit
         high = (pair & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
         low = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
     else:
-        levels = tl.load(levels_ptr + tl.arange(0, 16))
-        code = tl.reshape(byte.to(tl.int32), [ROWS * HALF])
-        high = rounded(tl.reshape(tl.gather(levels, code >> 4, 0), [ROWS, HALF]), dtype)
-        low = rounded(tl.reshape(tl.gather(levels, code & 15, 0), [ROWS, HALF]), dtype)
-    return tl.reshape(tl.join(high, low), [ROWS, 2 * HALF])
+        byte = tl.join(tl.join(word, word >> 8), tl.join(word >> 16, word >> 24))
+        code = tl.reshape(byte & 255, [byte.numel])
+        high = tl.reshape(rounded(look_up(levels_ptr, code >> 4, 16), dtype), byte.shape)
+        low = tl.reshape(rounded(look_up(levels_ptr, code & 15, 16), dtype), byte.shape)
+    all = tl.reshape(tl.join(high, low), [ROWS, 4, EACH, 2, 2, 2])
+    return tl.reshape(tl.permute(all, [0, 4, 3, 2, 1, 5]), [ROWS, 32 * EACH])
+
+
+@triton.jit
+def _order(CHUNK: tl.constexpr):
+    """Which k each column of a decoded chunk is.
+
+    A thread of a quad holds columns 2t, 2t + 1 and 2t + 8, 2t + 9 of every sixteen that a matrix unit takes.  They are
+    given to codes that lie side by side, so that it reads whole words: t is the upper part of k, not a middle one.
+    """
+    EACH: tl.constexpr = CHUNK // 32  # words of a thread
+    column = tl.arange(0, CHUNK)
+    word = (column // 2) % 4 * EACH + (column // 8) % EACH
+    k = word * 8 + column // (8 * EACH) * 2 + column % 2
+    return tl.max_contiguous(tl.multiple_of(k, 2), 2)
 
 
 @triton.jit
@@ -74,26 +106,32 @@ def linear_kernel(
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
     SUM: tl.constexpr,
+    ORDERED: tl.constexpr,
     NESTED: tl.constexpr,
     BIAS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    HALF: tl.constexpr = CHUNK // 2
+    WORDS: tl.constexpr = CHUNK // 8
     SHARE: tl.constexpr = STEPS * CHUNKS * CHUNK
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     share = tl.program_id(2)
     # Rows beyond the end read the last one and are not stored.
     row = tl.minimum(n, N - 1).to(tl.int64)
-    w_ptrs = packed_ptr + (row * (K // 2) + share * (SHARE // 2))[:, None] + tl.arange(0, HALF)[None, :]
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
+    w_ptrs = words_ptr + (row * (K // 8) + share * (SHARE // 8))[:, None] + tl.arange(0, WORDS)[None, :]
     x_rows = tl.minimum(m, M - 1).to(tl.int64) * K + share * SHARE
-    x_ptrs = x_ptr + x_rows[None, :] + tl.arange(0, CHUNK)[:, None]
+    if ORDERED:
+        k_of_column = tl.arange(0, CHUNK)
+    else:
+        k_of_column = _order(CHUNK)
+    x_ptrs = x_ptr + x_rows[None, :] + k_of_column[:, None]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         for chunk in tl.static_range(CHUNKS):
             at = step * CHUNKS + chunk
-            byte = tl.load(w_ptrs + at * HALF)
+            word = tl.load(w_ptrs + at * WORDS)
             x = tl.load(x_ptrs + at * CHUNK)
             k = share * SHARE + at * CHUNK
             if K % BLOCKSIZE == 0:
@@ -101,7 +139,7 @@ def linear_kernel(
             else:
                 block = (row * K + k) // BLOCKSIZE
             absmax = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, block, None, NESTED)
-            w = _weight(byte, levels_ptr, BN, HALF, ASSEMBLY, dtype if SUM or ASSEMBLY != "" else tl.float32)
+            w = _weight(word, levels_ptr, ASSEMBLY, dtype if SUM or ASSEMBLY != "" else tl.float32)
             if SUM:
                 acc += product(w, x, tl.zeros([BN, BM], tl.float32)) * absmax[:, None]
             else:
@@ -151,14 +189,19 @@ def linear_4bit(
     if not chunk or not k or k % chunk:
         weight = dequantize_4bit(packed, absmax, *nested, format, blocksize, (n, k), x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
-    x, packed, scales = x.contiguous(), packed.contiguous(), contiguous_scales(absmax, *nested)
+    x, packed, scales = x.contiguous(), _aligned(packed.contiguous()), contiguous_scales(absmax, *nested)
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
+    if tuned["ORDERED"]:  # as _order would read it, but in wide pieces
+        x = x.view(m, k // chunk, 4, chunk // 32, 4, 2).permute(0, 1, 4, 3, 2, 5).contiguous()
     bm, bn = tuned["BM"], min(tuned["BN"], max(power_of_2(n), 16))
     chunks = chunks_of(k // chunk, tuned["CHUNKS"])
     steps = k // chunk // chunks
     shares = shares_of(steps, cdiv(n, bn) * cdiv(m, bm), tuned, x.device)
     out = y if shares == 1 else x.new_empty((shares, m, n), dtype=torch.float32)
+    assembly, levels = "", formats.levels(format, x.device)
+    if is_nvidia(x.device) and x.dtype.itemsize == 2:
+        assembly, levels = decode.assembly(format, x.dtype), decode.words(format, x.dtype, x.device)
     launch(
         linear_kernel,
         (cdiv(n, bn), cdiv(m, bm), shares),
@@ -166,7 +209,7 @@ def linear_4bit(
         x,
         packed,
         *scales,
-        formats.levels(format, x.device),
+        levels,
         x if bias is None else bias,
         out,
         m,
@@ -180,14 +223,20 @@ def linear_4bit(
         STEPS=steps // shares,
         STAGES=tuned["num_stages"],
         SUM=bool(tuned["SUM"]),
+        ORDERED=bool(tuned["ORDERED"]),
         NESTED=nested_absmax is not None,
         BIAS=bias is not None and shares == 1,
-        ASSEMBLY=decode.assembly(format, x.dtype) if is_nvidia(x.device) and x.dtype.itemsize == 2 else "",
+        ASSEMBLY=assembly,
         num_warps=tuned["num_warps"],
     )
     if shares > 1:
         sum_shares(out, bias, y)
     return y
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    """At an address from which words can be read."""
+    return packed.clone() if packed.data_ptr() % 16 else packed
 
 
 def bucket(m: int, dtype: torch.dtype) -> str:

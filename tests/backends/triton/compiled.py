@@ -37,7 +37,7 @@ _TYPES = {
     torch.float64: "*fp64",
     torch.bool: "*i1",
 }
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 @dataclass(frozen=True)

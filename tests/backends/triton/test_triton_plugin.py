@@ -107,7 +107,7 @@ def test_configurations_are_complete():
     """Every operation has every bucket for any GPU, and a bucket of one arch is one of any."""
     launch = pytest.importorskip("halfbyte_triton.launch")
 
-    tuned = launch._tuned()
+    tuned = launch.tuned()
     every = tuned["any"]
     assert set(every) == set(tuned["cpu"])
     for operations in tuned.values():

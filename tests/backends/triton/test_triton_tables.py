@@ -13,8 +13,7 @@ from halfbyte.ops import eightbit
 
 pytest.importorskip("triton")
 
-from halfbyte_triton import decode
-from halfbyte_triton import eightbit as eight
+from halfbyte_triton import codes8, decode
 
 CPU = torch.device("cpu")
 
@@ -51,36 +50,36 @@ def test_nf4_cubic_finds_a_neighboring_threshold():
     assert torch.equal(codes, torch.bucketize(s, thresholds))
 
 
+def found(s, table, signed):
+    """Codes of scaled values as codes8.nearest_dynamic finds them."""
+    bits = s.view(torch.int32).long()
+    if signed:
+        key = ((bits & 0x7FFFFFFF).clamp(min=0x34800000) ^ (bits >> 31)) & 0xFFFFFFFF
+        at = key * codes8._SIGNED_SCALE.value >> 32
+    else:
+        key = torch.where(s > 2.0**-23, s, 2.0**-23).view(torch.int32).long()
+        at = key * codes8._UNSIGNED_SCALE.value >> 32
+    return ((table.long()[at % codes8.SIZE] + key) & 0xFFFFFFFF) >> 24
+
+
 @pytest.mark.parametrize("name", ["dynamic", "dynamic_unsigned"])
-def test_closed_form_of_the_dynamic_map_gives_the_nearest_code(name):
-    """As nearest_dynamic does, for every threshold and its neighbors, with and without fused multiply-add."""
+@pytest.mark.parametrize("nudged", [False, True])
+def test_bins_of_the_dynamic_map_give_the_nearest_code(name, nudged):
+    """For every threshold and its neighbors, of both signs."""
     book = formats.codebook(name, CPU)
-    s = scaled_values((book[:-1] + book[1:]) * 0.5)
-    if name == "dynamic_unsigned":
-        s = s.abs()
-    table = eight.dynamic_table(name, CPU)
-    thresholds, factors = table[:256], table[256:]
-    u = s.abs()
-    decade = ((u.view(torch.int32).long() + eight._OFFSET) * eight._FACTOR) >> 32
-    assert int(u.view(torch.int32).max()) + eight._OFFSET < 2**32
-    d = decade.clamp(eight._BASE, eight._BASE + 6).int() - eight._BASE
-    first = 1 if name == "dynamic" else 2
-    eight_ninths = ((d << 23) + (0x3F638E39 if first == 1 else 0x3FE38E39)).int().view(torch.float32)
-    for fused in (False, True):
-        if fused:
-            c = (factors[d].double() * u.double() + eight_ninths.double()).float()
-        else:
-            c = factors[d] * u + eight_ninths
-        k = (c + 12582912.0).view(torch.int32) & 511
-        rank = k - first + (u > thresholds[k & 255]).int()
-        codes = torch.where(s < 0, 127 - rank.clamp(max=127), 127 + rank) if name == "dynamic" else rank
-        wrong = (codes != eightbit.nearest(s, book).int()).nonzero()
-        assert not len(wrong), f"{len(wrong)} codes differ, the first for {s[wrong[0]].item()!r}"
+    s = torch.cat((scaled_values((book[:-1] + book[1:]) * 0.5), torch.tensor([math.nan, -math.nan])))
+    codes = found(s, codes8.dynamic_table(name, nudged, CPU), name == "dynamic")
+    nearest = eightbit.nearest(s, book).long()
+    if nudged and name == "dynamic":
+        nearest = torch.where((s < 0) & (nearest == 127), 126, nearest)
+
+    wrong = (codes != nearest).nonzero()
+    assert not len(wrong), f"{len(wrong)} codes differ, the first for {s[wrong[0]].item()!r}"
 
 
-def run(assembly, word):
-    """Execute the straight-line PTX of one `decode.assembly` block on 32-bit integers; the four results."""
-    registers = {"$4": word}
+def run(assembly, first, given, results):
+    """Execute straight-line PTX on 32-bit integers, given as operands from $first on; the results, $0 and following."""
+    registers = {f"${first + place}": word & 0xFFFFFFFF for place, word in enumerate(given)}
 
     def value(name):
         return int(name, 16) if name.startswith("0x") else int(name) if name.isdigit() else registers[name]
@@ -111,16 +110,24 @@ def run(assembly, word):
                 byte = picked[number & 7]
                 result |= (0xFF if byte >> 7 else 0) << 8 * place if number & 8 else byte << 8 * place
         registers[target] = result & 0xFFFFFFFF
-    return [registers[f"${place}"] for place in range(4)]
+    return [registers[f"${place}"] for place in range(results)]
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decode_assembly_gives_the_levels(format, dtype):
     assembly = decode.assembly(format, dtype)
+    tables = decode.words(format, dtype, CPU).tolist()
     levels = torch.tensor(formats.FORMATS[format].levels).to(dtype).view(torch.int16).numpy().astype(np.uint16)
+    assert tables == tables[:4] * 4
     for first in range(0, 256, 4):
         four = [(first * 7 + step * 85) % 256 for step in range(4)]
-        words = run(assembly, int.from_bytes(bytes(four), "little"))
+        words = run(assembly, 4, (int.from_bytes(bytes(four), "little"), *tables[:4]), 4)
         for byte, word in zip(four, words, strict=True):
             assert word == int(levels[byte >> 4]) | int(levels[byte & 15]) << 16, (byte, word)
+
+
+def test_assembly_packs_the_upper_bytes():
+    words = (0x12AABBCC, 0x34AABBCC, 0xF6AABBCC, 0x78AABBCC)
+
+    assert run(codes8.UPPER_BYTES.value, 1, words, 1) == [0x78F63412]
