@@ -1,302 +1,245 @@
-"""Measures the kernels on the GPU at hand, and finds launch configurations for it.
+"""Finds launch configurations for the GPU at hand, and shows what they reach.
 
-    python -m halfbyte_triton.tune measure           what the present configurations reach
-    python -m halfbyte_triton.tune linear_4bit ...   the best of many candidates, as lines of tuned.json
+    python -m halfbyte_triton.tune                  search everything, write tuned.json, print the table
+    python -m halfbyte_triton.tune update_8bit ...  search these operations only
+    python -m halfbyte_triton.tune table            print what the present configurations reach
 
-Products are timed inside a CUDA graph that rotates through weights, so that none is in the L2 cache; the rest on
-tensors much larger than it.  Medians; the copy rate of the same run stands beside them.
+Candidates are compiled by as many processes as there are cores while those before them are timed.  The result stands
+under the arch of the GPU in --output, by default the tuned.json of this package.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from halfbyte import formats
 from halfbyte.errors import KernelUnusable
-from halfbyte.ops import rules
 
-from . import eightbit, fourbit, int8, launch, linear4bit, optimizer
+from . import launch
+from .measure import BF16, DEVICE, ELEMENTWISE, Call, elementwise, int8_calls, linear_calls, step_call, table, time_us
 
-Call = Callable[[], Any]
-DEVICE = torch.device("cuda", 0)
-CACHE = 240 * 2**20  # bytes of weights to rotate through
-
-
-# -- timing --------------------------------------------------------------------------------------------------
-
-
-def time_us(calls: Sequence[Call], repeats: int = 9) -> float:
-    """Microseconds per call, in a graph that makes each of them once; median over replays."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return float(statistics.median(times))
+PRODUCTS = ("linear_4bit", "linear_w8a16", "matmul_int8")
+UPDATES = ("update_8bit", "update_32bit")
+ROWS = (16, 32, 64, 128, 256, 512, 1024)
+SIDE = 8192  # of the weights
+Config = dict[str, int]
 
 
-def copy_rate() -> float:
-    """Bytes per microsecond that a large copy reads and writes."""
-    source = torch.randn(2**28, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / time_us([lambda: target.copy_(source)])
+class Bucket(NamedTuple):
+    """One entry of tuned.json."""
+
+    operation: str
+    name: str
 
 
-# -- what is timed -------------------------------------------------------------------------------------------
+# -- candidates ----------------------------------------------------------------------------------------------
 
 
-def linear_calls(m: int, n: int, k: int, dtype: torch.dtype, nested: bool = False) -> list[Call]:
-    copies = max(CACHE // (n * k // 2), 2)
-    x = torch.randn(m, k, device=DEVICE, dtype=dtype)
-    weight = fourbit.quantize_4bit(torch.randn(n, k, device=DEVICE, dtype=dtype) * 0.02, "nf4", 64)
-    scales: tuple[Tensor, ...] = (weight[1],)
-    nesting: tuple[Any, Any, Any] = (None, None, None)
-    if nested:
-        book = formats.codebook("dynamic", DEVICE)
-        offset = weight[1].mean()
-        codes, absmax = eightbit.quantize_8bit(weight[1] - offset, book, 256)
-        scales, nesting = (codes,), (absmax, book, offset)
-    weights = [(weight[0].clone(), *(one.clone() for one in scales)) for _ in range(copies)]
-
-    def call(packed: Tensor, absmax: Tensor) -> Call:
-        return lambda: linear4bit.linear_4bit(x, packed, absmax, *nesting, None, "nf4", 64, n)
-
-    return [call(*one) for one in weights] * (50 // copies + 1)
+def products(**choices: Sequence[int]) -> Iterator[Config]:
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values))
 
 
-def int8_calls(m: int, n: int, k: int, mode: str, threshold: float = 0.0) -> list[Call]:
-    copies = max(CACHE // (n * k), 2)
-    x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
-    x[:, 7] = 20
-    weights = [torch.randint(-127, 128, (n, k), device=DEVICE, dtype=torch.int8) for _ in range(copies)]
-    absmax = torch.rand(n, device=DEVICE)
-
-    def call(weight: Tensor) -> Call:
-        return lambda: int8.linear_int8(x, weight, absmax, None, threshold, mode)
-
-    return [call(one) for one in weights] * (50 // copies + 1)
-
-
-def elementwise(operation: str, dtype: torch.dtype) -> tuple[Call, int]:
-    """One call, and the bytes that it reads and writes."""
-    count = 2**29
-    x = torch.randn(count, device=DEVICE, dtype=dtype)
-    book = formats.codebook("dynamic", DEVICE)
-    if operation.endswith("4bit"):
-        packed, absmax = fourbit.quantize_4bit(x, "nf4", 64)
-        moved = x.nbytes + packed.nbytes + absmax.nbytes
-        if operation == "quantize_4bit":
-            return lambda: fourbit.quantize_4bit(x, "nf4", 64), moved
-        return lambda: fourbit.dequantize_4bit(packed, absmax, None, None, None, "nf4", 64, (count,), dtype), moved
-    if operation.endswith("8bit"):
-        codes, absmax = eightbit.quantize_8bit(x, book, 256)
-        moved = x.nbytes + codes.nbytes + absmax.nbytes
-        if operation == "quantize_8bit":
-            return lambda: eightbit.quantize_8bit(x, book, 256), moved
-        return lambda: eightbit.dequantize_8bit(codes, absmax, book, 256, dtype), moved
-    rows = x.view(-1, 8192)
-    q, absmax, _ = int8.quantize_int8_rows(rows, 0.0)
-    moved = x.nbytes + q.nbytes
+def candidates(bucket: Bucket) -> list[Config]:
+    operation, rows = bucket.operation, int(bucket.name)
+    if operation == "linear_4bit":
+        return linear_candidates(rows)
+    if operation in PRODUCTS:
+        parts = [1, 3] if operation == "linear_w8a16" and rows <= 64 else [1]
+        same = {"BK": [64, 128] if rows > 64 else [128], "GROUP": [8], "PROGRAMS": parts, "num_stages": [3, 4]}
+        if rows < 512:
+            return list(products(BM=[min(rows, 128)], BN=[64, 128], **same, num_warps=[4, 8]))
+        return list(products(BM=[128, 256], BN=[128], **same, num_warps=[8]))
+    if operation in UPDATES:
+        return [
+            *products(TILE=[1024], PART=[4], REGISTERS=[0, 80], num_warps=[4], num_stages=[1, 2]),
+            *products(TILE=[2048], PART=[4, 8], REGISTERS=[0, 64, 80], num_warps=[8], num_stages=[1, 2]),
+            *products(TILE=[2048], PART=[4], REGISTERS=[0, 128], num_warps=[4], num_stages=[1, 2]),
+            *products(TILE=[4096], PART=[4], REGISTERS=[0, 128], num_warps=[8], num_stages=[1, 2]),
+        ]
+    if operation == "dequantize_4bit":
+        return list(products(TILE=[512, 1024, 2048], STEPS=[1, 4], num_warps=[2, 4]))
     if operation == "quantize_int8_rows":
-        return lambda: int8.quantize_int8_rows(rows, 0.0), moved
-    return lambda: int8.dequantize_int8(q, absmax, None, None, dtype), moved
+        return list(products(TILE=[8192, 16384], PIECE=[4096, 8192], num_warps=[4, 8]))
+    if operation == "dequantize_int8":
+        return list(products(TILE=[512, 1024, 2048, 4096]))
+    return [
+        one
+        for one in products(TILE=[512, 1024, 2048, 4096, 8192], num_warps=[1, 2, 4, 8])
+        if 8 <= one["TILE"] // one["num_warps"] // 32 <= 32
+    ]
 
 
-def step_call(name: str, eight: bool, dtype: torch.dtype, sizes: Sequence[int]) -> tuple[Call, int]:
-    first, second = rules.RULES[name].states
-    params = [torch.randn(n, device=DEVICE, dtype=dtype) for n in sizes]
-    grads = [torch.randn(n, device=DEVICE, dtype=dtype) * 1e-3 for n in sizes]
-    step, lr = torch.tensor(10), torch.tensor(1e-3, dtype=torch.float64)
-    hyper: tuple[Any, ...] = (step, lr, None, [0.9, 0.999, 0.9999], 1e-8, 0.01, 5.0, 0, 0, 0.0, False, [])
-    moved = sum(3 * one.nbytes for one in params)
-    if not eight:
-        one = [torch.zeros(first * n, device=DEVICE) for n in sizes]
-        two = [torch.zeros(n, device=DEVICE) for n in sizes] if second else []
-        moved += 2 * sum(state.nbytes for state in (*one, *two))
-        return lambda: optimizer.update_32bit(name, params, grads, one, two, *hyper), moved
-    signed, unsigned = (formats.codebook(book, DEVICE) for book in ("dynamic", "dynamic_unsigned"))
-    one = [torch.full((first * n,), 127, device=DEVICE, dtype=torch.uint8) for n in sizes]
-    two = [torch.zeros(n, device=DEVICE, dtype=torch.uint8) for n in sizes] if second else []
-    scale1 = [torch.zeros(first * launch.cdiv(n, 256), device=DEVICE) for n in sizes]
-    scale2 = [torch.zeros(launch.cdiv(n, 256), device=DEVICE) for n in sizes] if second else []
-    moved += 2 * sum(state.nbytes for state in (*one, *two, *scale1, *scale2))
-    states: tuple[Any, ...] = (one, scale1, signed, two, scale2, unsigned if second else None, 256)
-    return lambda: optimizer.update_8bit(name, params, grads, *states, *hyper), moved
-
-
-def llama_1b() -> list[int]:
-    """Elements of each tensor of a Llama-3.2-1B."""
-    layer = [2048 * 2048, 512 * 2048, 512 * 2048, 2048 * 2048, *[8192 * 2048] * 3, 2048, 2048]
-    return [128256 * 2048, *layer * 16, 2048]
-
-
-# -- measure -------------------------------------------------------------------------------------------------
-
-ELEMENTWISE = (
-    *("quantize_4bit", "dequantize_4bit", "quantize_8bit", "dequantize_8bit"),
-    *("quantize_int8_rows", "dequantize_int8"),
-)
-
-
-def measure() -> None:
-    """Print what every family reaches, beside the copy rate and torch's own product."""
-    copy = copy_rate()
-    print(f"{torch.cuda.get_device_name(DEVICE)}, copy {copy / 1e6:.2f} TB/s")
-    n = k = 8192
-    for m in (1, 4, 16, 32, 64, 128, 256, 1024, 4096):
-        x, weights = torch.randn(m, k, device=DEVICE).bfloat16(), torch.randn(4, n, k, device=DEVICE).bfloat16()
-        own = time_us([functools.partial(torch.matmul, x, one.T) for one in weights] * 8)
-        del weights
-        plain = time_us(linear_calls(m, n, k, torch.bfloat16))
-        nested = time_us(linear_calls(m, n, k, torch.bfloat16, nested=True))
-        print(f"linear_4bit nf4 {n}x{k} bf16 M={m}: {plain:.1f} us, nested {nested:.1f} us; bf16 product {own:.1f} us")
-    for m in (1, 16, 64, 256, 1024, 4096):
-        times = [time_us(int8_calls(m, n, k, *how)) for how in (("w8a16",), ("exact",), ("exact", 6.0))]
-        print(
-            f"linear_int8 {n}x{k} bf16 M={m}: w8a16 {times[0]:.1f} us, exact {times[1]:.1f} us, 6.0 {times[2]:.1f} us"
-        )
-    for operation, dtype in itertools.product(ELEMENTWISE, (torch.bfloat16, torch.float32)):
-        call, moved = elementwise(operation, dtype)
-        us = time_us([call])
-        print(f"{operation} {dtype}: {us:.0f} us, {moved / us / 1e6:.2f} TB/s, {moved / us / copy:.0%} of copy")
-    for name, eight in (("adam", True), ("lion", True), ("ademamix", True), ("adam", False)):
-        for sizes, what in (([2**30], "2^30"), (llama_1b(), "Llama-1B list")):
-            call, moved = step_call(name, eight, torch.bfloat16, sizes)
-            us = time_us([call])
-            bits = 8 if eight else 32
-            print(f"{name} {bits} bit, {what} bf16: {us / 1000:.2f} ms, {moved / us / copy:.0%} of copy")
+def linear_candidates(rows: int) -> list[Config]:
+    """{} is to dequantize and to leave the product to torch."""
+    same = {"BM": [min(rows, 256)], "CHUNK": [64]}
+    if rows <= 32:
+        few = {**same, "SUM": [1], "ORDERED": [0]}
+        return [
+            *products(**few, BN=[64], CHUNKS=[1, 2], PROGRAMS=[4, 6], num_warps=[4], num_stages=[3, 5]),
+            *products(**few, BN=[128], CHUNKS=[1, 2], PROGRAMS=[2, 4], num_warps=[4, 8], num_stages=[3, 5]),
+        ]
+    if rows <= 128:
+        some = {**same, "CHUNKS": [1], "SUM": [0, 1], "PROGRAMS": [1, 2]}
+        found = [
+            *products(**some, BN=[64], ORDERED=[0], num_warps=[4], num_stages=[3, 4]),
+            *products(**some, BN=[128], ORDERED=[0, 1], num_warps=[4, 8], num_stages=[3]),
+        ]
+        return found if rows < 128 else [{}, *found]
+    many = {"CHUNK": [64], "CHUNKS": [1], "SUM": [0], "ORDERED": [1], "PROGRAMS": [1, 2]}
+    return [
+        {},
+        *products(BM=[256], BN=[128], **many, num_warps=[8], num_stages=[3, 4]),
+        *products(BM=[256], BN=[64], **many, num_warps=[4], num_stages=[3]),
+        *products(BM=[128], BN=[128], **many, num_warps=[4, 8], num_stages=[3, 4]),
+        *products(BM=[128], BN=[64], **many, num_warps=[4], num_stages=[4]),
+    ]
 
 
 # -- search --------------------------------------------------------------------------------------------------
 
 
-def products(**choices: Sequence[int]) -> Iterator[dict[str, int]]:
-    for values in itertools.product(*choices.values()):
-        yield dict(zip(choices, values))
+def buckets(operations: Sequence[str]) -> list[Bucket]:
+    """Longest to compile first."""
+    order = (*UPDATES, "linear_4bit", *ELEMENTWISE, "linear_w8a16", "matmul_int8")
+    return [
+        Bucket(operation, str(name))
+        for operation in order
+        if operation in operations
+        for name in (ROWS if operation in PRODUCTS else (2, 4))
+    ]
 
 
-def linear_candidates(rows: int) -> list[dict[str, int]]:
-    found: list[dict[str, int]] = []
-    if rows <= 32:
-        found += products(
-            BM=[rows], BN=[64, 128], CHUNK=[64], CHUNKS=[1, 2, 4], SUM=[1], PROGRAMS=[2, 4, 6], num_warps=[4],
-            num_stages=[3, 5],
-        )  # fmt: skip
-        found += products(
-            BM=[rows], BN=[128], CHUNK=[64], CHUNKS=[1, 2], SUM=[1], PROGRAMS=[2, 4], num_warps=[8], num_stages=[3, 5]
-        )
-    elif rows <= 128:
-        found += products(
-            BM=[rows], BN=[64, 128], CHUNK=[64], CHUNKS=[1], SUM=[0, 1], PROGRAMS=[1, 2], num_warps=[4, 8],
-            num_stages=[3, 4],
-        )  # fmt: skip
-    else:
-        for bm, bn, warps in ((256, 128, 8), (256, 64, 4), (128, 128, 8), (128, 128, 4), (128, 64, 4)):
-            found += products(
-                BM=[bm], BN=[bn], CHUNK=[64], CHUNKS=[1], SUM=[0, 1], PROGRAMS=[1, 2], num_warps=[warps],
-                num_stages=[2, 3, 4],
-            )  # fmt: skip
-    return [{}, *found] if rows >= 128 else found
+def calls(bucket: Bucket, small: bool) -> list[Call]:
+    """What is timed; with `small`, which compiles to the same code, what takes little memory."""
+    operation, number = bucket.operation, int(bucket.name)
+    if operation == "linear_4bit":
+        return linear_calls(number, SIDE, SIDE, copies=int(small)) * (1 if small else 4)
+    if operation in PRODUCTS:
+        mode = "w8a16" if operation == "linear_w8a16" else "exact"
+        return int8_calls(number, SIDE, SIDE, mode, copies=int(small)) * (1 if small else 4)
+    dtype = BF16 if number == 2 else torch.float32
+    if operation in UPDATES:
+        return [step_call("adam", operation == "update_8bit", dtype, [2**26 if small else 2**28])[0]]
+    return [elementwise(operation, dtype, 2**22 if small else 2**29)[0]]
 
 
-def tile_candidates(operation: str) -> list[dict[str, int]]:
-    if operation.startswith("update"):
-        return list(products(TILE=[512, 1024, 2048, 4096], PART=[1, 4], SHARED=[0, 1], num_warps=[1, 2, 4, 8]))
-    if operation == "dequantize_4bit":
-        return list(products(TILE=[256, 512, 1024, 2048], STEPS=[1, 2, 4, 8], num_warps=[1, 2, 4]))
-    if operation == "quantize_int8_rows":
-        return list(products(TILE=[4096, 8192, 16384], PIECE=[2048, 4096, 8192], num_warps=[2, 4, 8]))
-    if operation == "dequantize_int8":
-        return list(products(TILE=[512, 1024, 2048, 4096]))
-    return list(products(TILE=[512, 1024, 2048, 4096, 8192], num_warps=[1, 2, 4, 8]))
-
-
-def best(operation: str, bucket: str, calls: Sequence[Call], candidates: Sequence[dict[str, int]]) -> None:
-    """Print the bucket's best candidates, fastest first."""
-    table = launch._tuned().setdefault(launch.arch(DEVICE), {}).setdefault(operation, {})
-    before, timed = table.get(bucket), []
-    for candidate in candidates:
-        table[bucket] = candidate
-        launch.config.cache_clear()
-        try:
-            timed.append((time_us(calls, repeats=5), json.dumps(candidate)))
-        except (KernelUnusable, torch.OutOfMemoryError):
-            continue
-    table.pop(bucket)
-    if before is not None:
-        table[bucket] = before
+def install(bucket: Bucket, candidate: Config) -> None:
+    launch.tuned().setdefault(launch.arch(DEVICE), {}).setdefault(bucket.operation, {})[bucket.name] = candidate
     launch.config.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def small_calls(bucket: Bucket) -> list[Call]:
+    return calls(bucket, small=True)
+
+
+def compile_one(bucket: Bucket, candidate: Config) -> bool:
+    """In a process of the pool: leave the code in Triton's cache on disk; whether there is any."""
+    launch.compile_only = True
+    install(bucket, candidate)
+    try:
+        small_calls(bucket)[0]()
+    except KernelUnusable:
+        return False
+    return True
+
+
+def best(bucket: Bucket, compiled: Sequence[tuple[Config, Future[bool]]], until: float) -> Config | None:
+    """The fastest candidate of those that are compiled in time."""
+    work, timed = None, []
+    for candidate, done in compiled:
+        try:
+            if not done.result(timeout=max(until - time.monotonic(), 0)):
+                continue
+            work = work or calls(bucket, small=False)
+            install(bucket, candidate)
+            timed.append((time_us(work, repeats=5), json.dumps(candidate)))
+        except TimeoutError:
+            break
+        except Exception as error:
+            print(f"{bucket.operation} {bucket.name} {candidate}: {type(error).__name__}: {error}", flush=True)
     timed.sort()
     for us, text in timed[:3]:
-        print(f'{operation} {us:9.1f} us   "{bucket}": {text}', flush=True)
+        print(f"{bucket.operation:20}{bucket.name:>6}{us:10.1f} us  {text}", flush=True)
+    if len(timed) < len(compiled):
+        print(f"{bucket.operation:20}{bucket.name:>6} {len(timed)} of {len(compiled)} candidates timed", flush=True)
+    found: Config | None = json.loads(timed[0][1]) if timed else None
+    return found
 
 
-def search(operation: str, buckets: Sequence[str], n: int, k: int) -> None:
-    if operation == "linear_4bit":
-        for rows in (16, 32, 64, 128, 256, 512, 1024):
-            if not buckets or str(rows) in buckets:
-                best(operation, str(rows), linear_calls(rows, n, k, torch.bfloat16), linear_candidates(rows))
-        return
-    if operation in ("linear_w8a16", "matmul_int8"):
-        mode = "w8a16" if operation == "linear_w8a16" else "exact"
-        for rows in (16, 32, 64, 128, 256, 512, 1024):
-            if not buckets or str(rows) in buckets:
-                candidates = list(
-                    products(
-                        BM=[min(rows, 128), min(rows, 256)] if rows > 128 else [rows],
-                        BN=[64, 128],
-                        BK=[64, 128] if mode == "w8a16" else [128, 256],
-                        GROUP=[8],
-                        PROGRAMS=[1, 3],
-                        num_warps=[4, 8],
-                        num_stages=[3, 4],
-                    )
-                )
-                best(operation, str(rows), int8_calls(rows, n, k, mode), candidates)
-        return
-    for dtype in (torch.bfloat16, torch.float32):
-        if buckets and str(dtype.itemsize) not in buckets:
-            continue
-        if operation.startswith("update"):
-            call, _ = step_call("adam", operation == "update_8bit", dtype, [2**28])
-        else:
-            call, _ = elementwise(operation, dtype)
-        best(operation, str(dtype.itemsize), [call], tile_candidates(operation))
+def search(operations: Sequence[str], seconds: float) -> dict[str, dict[str, Config]]:
+    until = time.monotonic() + seconds
+    found: dict[str, dict[str, Config]] = {}
+    before = copy.deepcopy(launch.tuned())
+    workers = max(min(os.cpu_count() or 1, 16) - 1, 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting = [
+            (bucket, [(one, pool.submit(compile_one, bucket, one)) for one in candidates(bucket)])
+            for bucket in buckets(operations)
+        ]
+        for bucket, compiled in waiting:
+            if (config := best(bucket, compiled, until)) is not None:
+                found.setdefault(bucket.operation, {})[bucket.name] = config
+            torch.cuda.empty_cache()
+        pool.shutdown(cancel_futures=True)
+    merge(before, found)
+    launch.tuned().clear()
+    launch.tuned().update(before)
+    launch.config.cache_clear()
+    return found
+
+
+def merge(everything: dict[str, Any], found: dict[str, dict[str, Config]]) -> None:
+    for operation, entries in found.items():
+        everything.setdefault(launch.arch(DEVICE), {}).setdefault(operation, {}).update(entries)
+
+
+def write(path: Path, found: dict[str, dict[str, Config]]) -> None:
+    """Put the entries into the file, which keeps what it has, one bucket a line."""
+    everything = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    merge(everything, found)
+    text = json.dumps(everything, indent=2)
+    for entry in [one for arch in everything.values() for family in arch.values() for one in family.values()]:
+        text = text.replace(json.dumps(entry, indent=2).replace("\n", "\n      "), json.dumps(entry))
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    known = ("measure", "linear_4bit", "linear_w8a16", "matmul_int8", *ELEMENTWISE, "update_8bit", "update_32bit")
-    parser = argparse.ArgumentParser(prog="python -m halfbyte_triton.tune", description=__doc__)
-    parser.add_argument("what", nargs="+", choices=known)
-    parser.add_argument("--bucket", action="append", default=[], help="only these: rows of x, or bytes per element")
-    parser.add_argument("--shape", default="8192x8192", help="of the weight, out_features x in_features")
+    known = (*PRODUCTS, *ELEMENTWISE, *UPDATES)
+    parser = argparse.ArgumentParser(
+        prog="python -m halfbyte_triton.tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", nargs="*", help=f"table, or of {', '.join(known)}; everything by default")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tuned.json"))
+    parser.add_argument("--seconds", type=float, default=90, help="after which no more candidates are waited for")
     given = parser.parse_args()
-    n, k = map(int, given.shape.split("x"))
-    for what in given.what:
-        if what == "measure":
-            measure()
-        else:
-            search(what, given.bucket, n, k)
+    if wrong := set(given.what) - {"table", *known}:
+        parser.error(f"no such operation: {', '.join(sorted(wrong))}")
+    missing: list[Bucket] = []
+    if given.what != ["table"]:
+        started = time.monotonic()
+        chosen = [one for one in given.what if one != "table"] or known
+        found = search(chosen, given.seconds)
+        write(given.output, found)
+        print(f"wrote {given.output} after {time.monotonic() - started:.0f} s")
+        missing = [one for one in buckets(chosen) if one.name not in found.get(one.operation, {})]
+    if not given.what or "table" in given.what:
+        table()
+    if missing:
+        raise SystemExit(f"nothing found for {', '.join(f'{one.operation} {one.name}' for one in missing)}")
 
 
 if __name__ == "__main__":
