@@ -12,7 +12,7 @@ from .errors import InputError
 from .kernel import show
 from .quant_state import QuantState
 
-_AsBytes = torch._C.DisableTorchFunctionSubclass  # Params4bit intercepts torch functions; inside it is only bytes
+AsBytes = torch._C.DisableTorchFunctionSubclass  # Params4bit intercepts torch functions; inside it is only bytes
 _NOT_NESTED = (None, None, None)
 _ops = torch.ops.halfbyte
 
@@ -66,7 +66,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, *, dtype: torch.dtype | N
     returns    the state's shape
     """
     shape, format, blocksize = _described(state)
-    with _AsBytes():
+    with AsBytes():
         x: Tensor = call(
             "dequantize_4bit",
             _ops.dequantize_4bit.default,
@@ -93,7 +93,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     if len(shape) != 2 or not x.ndim or x.shape[-1] != shape[1]:
         raise InputError(f"x (..., K) must fit a weight (N, K); got {tuple(x.shape)} and {tuple(shape)}")
     nested = _NOT_NESTED if state.state2 is None else state.nested_tensors()
-    with _AsBytes():
+    with AsBytes():
         packed = as_bytes(packed)
         op = calling.op("linear_4bit", _ops.linear_4bit.default, x, bias)
         if op is not calling.planned["linear_4bit"]:
@@ -219,6 +219,6 @@ def linear_int8(
     Source: Dettmers et al. 2022, LLM.int8(), section 3 (arXiv 2208.07339).
     """
     args = (weight, absmax, bias, float(threshold), mode)
-    with _AsBytes():
+    with AsBytes():
         y: Tensor = call("linear_int8", _ops.linear_int8.default, x, *args, bias=bias)
         return y

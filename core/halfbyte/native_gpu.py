@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .kernel import Kernel
 from .native import DTYPES, FORMATS, address
-from .ops.int8 import PER_127
 
 Module: TypeAlias = Any  # a compiled _C
 
@@ -329,20 +328,8 @@ def linear_int8(
         return only_bias(y, bias)
     layer = (weight.data_ptr(), weight_absmax.data_ptr(), address(bias), m, n, k, y.data_ptr(), *place(x))
     if mode == "exact":
-        q, absmax, outlier_columns = _quantized_rows(c, x, threshold, clear=False)
-        listed = None
-        if threshold > 0:
-            listed = x.new_empty(k + 1, dtype=torch.int32)  # the count is the last one
-            c.list_columns(outlier_columns.data_ptr(), k, listed.data_ptr(), listed[k:].data_ptr(), *place(x))
-        c.linear_int8_exact(
-            x.data_ptr(),
-            DTYPES[x.dtype],
-            q.data_ptr(),
-            absmax.data_ptr(),
-            address(listed),
-            0 if listed is None else listed[k:].data_ptr(),
-            *layer,
-        )
+        workspace = x.new_empty(c.int8_workspace(m, k), dtype=torch.uint8)
+        c.linear_int8_exact(x.data_ptr(), DTYPES[x.dtype], threshold, workspace.data_ptr(), *layer)
         return y
     if m <= c.few_rows:
         c.linear_int8_w8a16(x.data_ptr(), DTYPES[x.dtype], *layer)
@@ -362,26 +349,34 @@ def _library_multiplies(m: int, n: int, k: int) -> bool:
 def exact_by_library(
     c: Module, x: Tensor, weight: Tensor, weight_absmax: Tensor, bias: Tensor | None, threshold: float
 ) -> Tensor:
-    """linear_int8 of many rows with torch's int8 product, and its product in x's dtype for outlier columns.
-
-    Which columns those are stays on the device, so for a threshold x without the others is multiplied as a whole, with
-    slabs of the weight.  Sums are float32 and rounded once.
-    """
+    """linear_int8 of many rows with torch's int8 product; which columns have outliers stays on the device."""
+    m, k = x.shape
+    n = weight.shape[0]
     q, absmax, outlier_columns = _quantized_rows(c, x, threshold, clear=True)
-    product = torch._int_mm(q, weight.t())
-    if threshold == 0:
-        return dequantize_int8(c, product, absmax, weight_absmax, bias, x.dtype)
-    y = dequantize_int8(c, product, absmax, weight_absmax, bias, torch.float32)
-    outliers = x.masked_fill(~outlier_columns, 0)
-    for first, end in _slabs(weight.shape[0], x.shape[1] * x.element_size(), multiple=16):
-        part = weight[first:end].to(x.dtype)  # exact: 8 bits fit
-        y[:, first:end] += _float32_product(outliers, part.t()) * (weight_absmax[first:end] * PER_127)
-    return y.to(x.dtype)
-
-
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 16-bit matrices in float32; torch has that for CUDA tensors only."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    listed, size = None, 0
+    if threshold > 0:
+        listed = x.new_empty(k + 1, dtype=torch.int32)  # the count is the last one
+        size = listed.data_ptr() + 4 * k
+        c.list_columns(outlier_columns.data_ptr(), k, listed.data_ptr(), size, *place(x))
+    sums = torch._int_mm(q, weight.t())
+    y = x.new_empty((m, n))
+    c.scale_int8(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        absmax.data_ptr(),
+        address(listed),
+        size,
+        sums.data_ptr(),
+        weight.data_ptr(),
+        weight_absmax.data_ptr(),
+        address(bias),
+        m,
+        n,
+        k,
+        y.data_ptr(),
+        *place(x),
+    )
+    return y
 
 
 # -- products with slabs of a weight -------------------------------------------------------------------------

@@ -75,6 +75,24 @@ void bind_8bit(py::module_& module) {
   });
 }
 
+// What linear_int8_exact needs besides its arguments, one after the other, the largest alignment first.
+struct Int8Workspace {
+  int8_t* q;
+  float* absmax;
+  int32_t* list;  // and the count
+  uint8_t* flags;
+
+  static int64_t codes(int64_t m, int64_t k) { return (m * k + 15) / 16 * 16; }
+  static int64_t size(int64_t m, int64_t k) { return codes(m, k) + 4 * m + 4 * (k + 1) + k; }
+
+  Int8Workspace(char* data, int64_t m, int64_t k) {
+    q = reinterpret_cast<int8_t*>(data);
+    absmax = reinterpret_cast<float*>(data + codes(m, k));
+    list = reinterpret_cast<int32_t*>(data + codes(m, k) + 4 * m);
+    flags = reinterpret_cast<uint8_t*>(data + codes(m, k) + 4 * m + 4 * (k + 1));
+  }
+};
+
 void bind_int8(py::module_& module) {
   module.def("quantize_int8_rows",
              [](Address x, int dtype, int64_t rows, int64_t k, float threshold, bool zero, Address q,
@@ -104,14 +122,33 @@ void bind_int8(py::module_& module) {
           return list_columns(at<const uint8_t>(flags), k, at<int32_t>(list), at<int32_t>(size), at(stream));
         });
       });
-  module.def("linear_int8_exact", [](Address x, int dtype, Address q, Address absmax, Address list,
-                                     Address size, Address weight, Address weight_absmax, Address bias,
-                                     int64_t m, int64_t n, int64_t k, Address y, int device, Address stream) {
-    const Quantized quantized = {at<const int8_t>(q), at<const float>(absmax), at<const int32_t>(list),
-                                 at<const int32_t>(size)};
-    call(device, [&] {
+  module.def("int8_workspace", [](int64_t m, int64_t k) { return Int8Workspace::size(m, k); });
+  module.def("linear_int8_exact", [](Address x, int dtype, float threshold, Address workspace, Address weight,
+                                     Address weight_absmax, Address bias, int64_t m, int64_t n, int64_t k,
+                                     Address y, int device, Address stream) {
+    const Int8Workspace w(at<char>(workspace), m, k);
+    call(device, [&]() -> const char* {
+      if (const char* error = quantize_int8_rows(at(x), dtype_of(dtype), m, k, threshold, false, w.q,
+                                                 w.absmax, w.flags, at(stream)))
+        return error;
+      Quantized quantized = {w.q, w.absmax, nullptr, nullptr};
+      if (threshold > 0.0f) {
+        if (const char* error = list_columns(w.flags, k, w.list, w.list + k, at(stream))) return error;
+        quantized.list = w.list;
+        quantized.size = w.list + k;
+      }
       return linear_int8_exact(at(x), dtype_of(dtype), quantized, at<const int8_t>(weight),
                                at<const float>(weight_absmax), at(bias), m, n, k, at(y), at(stream));
+    });
+  });
+  module.def("scale_int8", [](Address x, int dtype, Address row_absmax, Address list, Address size,
+                              Address sums, Address weight, Address weight_absmax, Address bias, int64_t m,
+                              int64_t n, int64_t k, Address y, int device, Address stream) {
+    const Quantized quantized = {nullptr, at<const float>(row_absmax), at<const int32_t>(list),
+                                 at<const int32_t>(size)};
+    call(device, [&] {
+      return scale_int8(at(x), dtype_of(dtype), quantized, at<const int32_t>(sums), at<const int8_t>(weight),
+                        at<const float>(weight_absmax), at(bias), m, n, k, at(y), at(stream));
     });
   });
   module.def(

@@ -137,10 +137,13 @@ class Linear8bitLt(StoredInt8, nn.Linear):
         bias = self.bias
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)  # type: ignore[assignment]  # a temporary: the parameter keeps its dtype
-        threshold = self.state.threshold
-        if self.weight.is_floating_point() and self.state.has_fp16_weights:
-            return linear_trainable(x, self.weight, bias, threshold)
-        return functional.linear_int8(x, self.weight, self.required_absmax(), bias, threshold=threshold)
+        weight, threshold = self.weight, self.state.threshold
+        with functional.AsBytes():
+            trainable = self.state.has_fp16_weights and weight.is_floating_point()
+            absmax = None if trainable else self.required_absmax()
+        if absmax is None:
+            return linear_trainable(x, weight, bias, threshold)
+        return functional.linear_int8(x, weight, absmax, bias, threshold=threshold)
 
 
 def linear_trainable(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
