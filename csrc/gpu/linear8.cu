@@ -6,34 +6,15 @@
 //           of 64 in shared memory.  dp4a where there is one.  Rows that are no multiple of 16 (in tiles 4)
 //           bytes are read byte by byte.
 //           Outlier columns come as a list with a count on the device: their integer products are taken out
-//           again, and the fp32 products with x itself added.  Integer sums that were made elsewhere are scaled
-//           by tiles of 32 x 128 outputs.
+//           again, and the fp32 products with x itself added.
 // Limits    x aligned to 16 bytes in w8a16.
 // Agrees    matmul_int8 exactly; the layers within the op's tolerance: sums in fp32, rounded once.
-#include "halfbyte/gpu.h"
-#include "portable.cuh"
+#include "linear8.cuh"
 
 namespace halfbyte::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kPer127 = 1.0f / 127.0f;
-constexpr float kPer127Squared = static_cast<float>(1.0 / (127.0 * 127.0));
-
-// What is multiplied, and what becomes of the sums.  T is the dtype of x and y; int32_t for the bare product.
-template <class T>
-struct Product {
-  const int8_t* a;  // [m, k], quantized
-  const T* x;
-  const int8_t* weight;
-  int64_t m, n, k;
-  const float* row_absmax;
-  const float* weight_absmax;
-  const T* bias;
-  const int32_t* list;
-  const int32_t* size;
-  T* y;
-};
 
 // The share of some outlier columns: what to take from the integer sum, and what to add to the scaled one.
 template <class T>
@@ -47,12 +28,6 @@ HALFBYTE_DEVICE void add_outliers(const Product<T>& p, int64_t m, int64_t n, int
     whole -= p.a[m * p.k + column] * w;
     exact = fmaf(widen(p.x[m * p.k + column]), static_cast<float>(w) * scale * kPer127, exact);
   }
-}
-
-template <class T>
-HALFBYTE_DEVICE float scaled(const Product<T>& p, int64_t m, int64_t n, int32_t whole, float exact) {
-  const float y = static_cast<float>(whole) * (p.row_absmax[m] * p.weight_absmax[n]) * kPer127Squared + exact;
-  return p.bias != nullptr ? y + widen(p.bias[n]) : y;
 }
 
 template <class T>
@@ -250,71 +225,6 @@ const char* tiled(const Product<T>& p, void* stream) {
   return launched();
 }
 
-// -- a product made elsewhere ------------------------------------------------------------------------------------
-
-constexpr int kLaneColumns = 4, kScaleRows = 32, kScaleColumns = 32 * kLaneColumns, kListed = 32;
-
-// y from integer sums in which outlier columns are 0, and from x in these columns.  A thread has four rows of four
-// columns; outlier columns go through shared memory, `kListed` at a time.
-template <class T>
-__global__ void __launch_bounds__(kThreads) scale_kernel(Product<T> p, const int32_t* __restrict__ sums) {
-  __shared__ float of_x[kListed][kScaleRows + 1];
-  alignas(16) __shared__ float of_weight[kListed][kScaleColumns];
-  const int64_t m0 = int64_t{blockIdx.x} * kScaleRows, n0 = int64_t{blockIdx.y} * kScaleColumns;
-  const int lane = static_cast<int>(threadIdx.x) % 32, group = static_cast<int>(threadIdx.x) / 32;
-  const int64_t n = n0 + lane * kLaneColumns;
-  constexpr int kRows = kScaleRows / (kThreads / 32);
-  float exact[kRows][kLaneColumns] = {};
-  const int size = p.list != nullptr ? *p.size : 0;
-  for (int first = 0; first < size; first += kListed) {
-    const int listed = size - first < kListed ? size - first : kListed;
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < listed * kScaleRows; i += kThreads) {
-      const int64_t row = m0 + i % kScaleRows;
-      const int at = i / kScaleRows;
-      of_x[at][i % kScaleRows] = row < p.m ? widen(p.x[row * p.k + p.list[first + at]]) : 0.0f;
-    }
-    for (int i = static_cast<int>(threadIdx.x); i < listed * kScaleColumns; i += kThreads) {
-      const int64_t column = n0 + i % kScaleColumns;
-      const int at = i / kScaleColumns;
-      float w = 0.0f;
-      if (column < p.n) {
-        w = static_cast<float>(p.weight[column * p.k + p.list[first + at]]) * p.weight_absmax[column] *
-            kPer127;
-      }
-      of_weight[at][i % kScaleColumns] = w;
-    }
-    __syncthreads();
-    for (int at = 0; at < listed; ++at) {
-      float w[kLaneColumns];
-      HALFBYTE_UNROLL
-      for (int j = 0; j < kLaneColumns; ++j) w[j] = of_weight[at][lane * kLaneColumns + j];
-      HALFBYTE_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const float v = of_x[at][group * kRows + i];
-        HALFBYTE_UNROLL
-        for (int j = 0; j < kLaneColumns; ++j) exact[i][j] = fmaf(v, w[j], exact[i][j]);
-      }
-    }
-  }
-  if (n >= p.n) return;
-  HALFBYTE_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    const int64_t m = m0 + group * kRows + i;
-    if (m >= p.m) break;
-    const Words<16> whole = load<16>(sums + m * p.n + n);
-    HALFBYTE_UNROLL
-    for (int j = 0; j < kLaneColumns; ++j)
-      exact[i][j] = scaled(p, m, n + j, static_cast<int32_t>(whole.w[j]), exact[i][j]);
-    if constexpr (sizeof(T) == 4) {
-      store<16>(p.y + m * p.n + n, narrow_all<T>(exact[i]));
-    } else {
-      const Words<8> words = {narrow2<T>(exact[i][0], exact[i][1]), narrow2<T>(exact[i][2], exact[i][3])};
-      store<8>(p.y + m * p.n + n, words);
-    }
-  }
-}
-
 }  // namespace
 
 const char* matmul_int8(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, int32_t* out,
@@ -347,32 +257,6 @@ const char* linear_int8_exact(const void* x, DType dtype, Quantized quantized, c
                           quantized.size,
                           static_cast<T*>(y)};
     return m <= kFewRows ? few_exact(p, stream) : tiled(p, stream);
-  });
-}
-
-const char* scale_int8(const void* x, DType dtype, Quantized quantized, const int32_t* sums,
-                       const int8_t* weight, const float* weight_absmax, const void* bias, int64_t m,
-                       int64_t n, int64_t k, void* y, void* stream) {
-  if (n % kLaneColumns != 0 || !aligned(sums, 16)) return "scale_int8 takes output columns in fours";
-  const int64_t across = ceil_div(n, kScaleColumns);
-  if (across > 65535) return "scale_int8 takes at most 8388480 output columns";
-  return with_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    const Product<T> p = {nullptr,
-                          static_cast<const T*>(x),
-                          weight,
-                          m,
-                          n,
-                          k,
-                          quantized.absmax,
-                          weight_absmax,
-                          static_cast<const T*>(bias),
-                          quantized.list,
-                          quantized.size,
-                          static_cast<T*>(y)};
-    const dim3 grid(static_cast<unsigned>(ceil_div(m, kScaleRows)), static_cast<unsigned>(across));
-    HALFBYTE_LAUNCH((scale_kernel<T>), grid, kThreads, 0, stream, p, sums);
-    return launched();
   });
 }
 

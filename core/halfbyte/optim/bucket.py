@@ -190,10 +190,11 @@ def require_kernels(calls: list[tuple[str, tuple[Any, ...]]]) -> None:
     """Raise NoKernel for a call that no backend can serve, before another one has changed anything."""
     for name, args in calls:
         op = _runtime.dispatcher.plugins.ops[name]
-        key = (name, op.facts(*args), current_override(), _runtime.dispatcher.process_chain)
+        facts = op.Facts(*op.facts(*args))
+        key = (name, facts, current_override(), _runtime.dispatcher.process_chain)
         if key in _planned:
             continue
-        decision = explain(name, *args)
+        decision = explain(name, facts)  # of paged states the arguments are not there yet
         if decision.kernel is None:
             raise NoKernel(decision)
         _planned.add(key)

@@ -83,7 +83,7 @@ const char* linear_int8_exact(const void* x, DType dtype, Quantized quantized, c
                               const float* weight_absmax, const void* bias, int64_t m, int64_t n, int64_t k,
                               void* y, void* stream);
 
-// The same from the integer sums [m, n] of q, whose outlier columns are zero; q itself is not read.  n in fours.
+// The same from the integer sums [m, n] of q, whose outlier columns are zero; q itself is not read.  n is even.
 const char* scale_int8(const void* x, DType dtype, Quantized quantized, const int32_t* sums,
                        const int8_t* weight, const float* weight_absmax, const void* bias, int64_t m,
                        int64_t n, int64_t k, void* y, void* stream);
