@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from halfbyte import FormatError, InputError
-from halfbyte.optim import LAMB, AdamW8bit, AdamW32bit, Lion8bit, Optimizer
+from halfbyte.optim import LAMB, AdamW8bit, AdamW32bit, Lion8bit, Optimizer, PagedAdamW8bit, lanes
 
 WORLD = 2
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -157,6 +157,43 @@ def fsdp_trust_factor_of_a_shard_is_refused() -> None:
         refused = str(error)
     assert "max_unorm needs the norm of the whole parameter" in refused
     assert all(map(torch.equal, before, (param.to_local() for param in made.parameters())))
+
+
+class Now:
+    """Lanes that do everything at once, for parameters on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def run(self, lane: int, work: Callable[[], None], after: object) -> None:
+        work()
+
+    def finish(self) -> None:
+        pass
+
+    @staticmethod
+    def pin(address: int, size: int) -> Callable[[], None]:
+        return lambda: None
+
+
+@check
+def fsdp_shards_are_paged_and_step_with_the_same_bits() -> None:
+    lanes.LANES["cpu"] = Now
+    try:
+        made = []
+        for cls in (AdamW8bit, PagedAdamW8bit):
+            torch.manual_seed(0)
+            one = sharded(nn.Sequential(nn.Linear(64, 4096), nn.Tanh(), nn.Linear(4096, 3)))
+            optimizer = cls(one.parameters(), lr=1e-2, paged_budget=100_000)
+            train(one, optimizer, range(3))
+            made.append((one, optimizer))
+    finally:
+        del lanes.LANES["cpu"]
+    for plain, paged in zip(made[0][0].parameters(), made[1][0].parameters(), strict=True):
+        assert torch.equal(plain.to_local(), paged.to_local())
+    weight, optimizer = made[1][0][0].weight, made[1][1]
+    assert weight.to_local().numel() == 131_072
+    assert optimizer._pager.holds(optimizer.state[weight], torch.device("cpu"))
 
 
 @check
