@@ -45,8 +45,9 @@ def run(name, arguments, params, grads, state=None):
     return [param.detach() for param in params], optimizer.state_dict()
 
 
-def losses(name, arguments, start, inputs, targets, steps):
+def losses(name, arguments, start, inputs, targets, steps, device="cpu"):
     """Of least squares, before each step."""
+    start, inputs, targets = (one.to(device) for one in (start, inputs, targets))
     weight = torch.nn.Parameter(start)
     optimizer = getattr(bnb.optim, name)([weight], **arguments)
     found = []

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from halfbyte import calling, optim
 
 
 class Oracle:
-    """`oracle.run("Adam8bit", {}, params, grads)`: the answer of bnb_optim.py."""
+    """`oracle.run("Adam8bit", {}, params, grads)`: the answer of bnb_optim.py.
 
-    def __init__(self) -> None:
+    hidden  environment variables that keep it from the GPUs
+    """
+
+    def __init__(self, hidden: dict[str, str]) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HALFBYTE_", "BNB_"))}
         self.process: Any = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("bnb_optim.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**clean, "CUDA_VISIBLE_DEVICES": ""},
+            env={**clean, **hidden},
         )
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -44,14 +48,23 @@ class Oracle:
 
         return ask
 
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(timeout=30)
+
 
 @pytest.fixture(scope="session")
 def oracle(real_bitsandbytes: None) -> Iterator[Oracle]:
-    oracle = Oracle()
-    yield oracle
-    oracle.process.stdin.close()
-    oracle.process.stdout.close()
-    oracle.process.wait(timeout=30)
+    with closing(Oracle({"CUDA_VISIBLE_DEVICES": ""})) as oracle:
+        yield oracle
+
+
+@pytest.fixture(scope="session")
+def gpu_oracle(real_bitsandbytes: None) -> Iterator[Oracle]:
+    """The oracle with the GPUs of this machine."""
+    with closing(Oracle({})) as oracle:
+        yield oracle
 
 
 @pytest.fixture(autouse=True)

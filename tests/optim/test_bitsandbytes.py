@@ -14,9 +14,23 @@ from halfbyte.ops import rules
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+# LAMB is left out: bitsandbytes does not correct the norm of its update on the CPU (bug 11).
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("Adam8bit", {"lr": 0.02}), ("Lion8bit", {"lr": 0.005}), ("SGD8bit", {"lr": 0.02, "momentum": 0.9})],
+    [
+        ("Adam8bit", {"lr": 0.02}),
+        ("AdamW8bit", {"lr": 0.02, "weight_decay": 0.1}),
+        ("AdEMAMix8bit", {"lr": 0.01, "alpha": 2.0}),
+        ("Lion8bit", {"lr": 0.005}),
+        ("SGD8bit", {"lr": 0.02, "momentum": 0.9}),
+        ("RMSprop8bit", {"lr": 0.02}),
+        ("Adagrad8bit", {"lr": 0.3}),
+        ("AdamW32bit", {"lr": 0.02, "weight_decay": 0.1}),
+        ("Lion32bit", {"lr": 0.005}),
+        ("SGD32bit", {"lr": 0.02, "momentum": 0.9}),
+        ("RMSprop32bit", {"lr": 0.02}),
+        ("Adagrad32bit", {"lr": 0.3}),
+    ],
 )
 def test_200_steps_follow_bitsandbytes_within_quantization_noise(oracle, name, arguments):
     generator = torch.Generator().manual_seed(0)
@@ -35,9 +49,10 @@ def test_200_steps_follow_bitsandbytes_within_quantization_noise(oracle, name, a
         optimizer.step()
         ours.append(loss.item())
 
-    assert optimizer.state[weight]["state1"].dtype is torch.uint8
+    assert optimizer.state[weight]["state1"].dtype is (torch.uint8 if "8bit" in name else torch.float32)
     assert theirs[-1] < 0.3 * theirs[0]
-    torch.testing.assert_close(torch.tensor(ours), theirs, rtol=5e-3, atol=0)
+    # Near the minimum RMSprop's step follows the noise of small v, of which bitsandbytes' CPU codes (bug 12) have more.
+    torch.testing.assert_close(torch.tensor(ours), theirs, rtol=0.02 if name == "RMSprop8bit" else 5e-3, atol=0)
 
 
 # -- FORMATS 9 -----------------------------------------------------------------------------------------------

@@ -167,6 +167,80 @@ def test_any_hyperparameters_give_the_exact_steps(build, randn, name, hyper, bet
     torch.testing.assert_close(param.detach(), expected, rtol=1e-4, atol=2e-5 * scale)
 
 
+shapes = st.one_of(st.tuples(st.integers(1, 1500)), st.tuples(st.integers(1, 12), st.integers(1, 60)))
+
+
+@hypothesis.given(name=st.sampled_from(PLAIN), shape=shapes, dtype=st.sampled_from(DTYPES), count=st.integers(1, 5))
+def test_any_shape_and_number_of_steps_gives_the_exact_steps(build, randn, name, shape, dtype, count):
+    param = randn(*shape, dtype=dtype)
+    optimizer = build(name, [param])
+    grads = gradients(shape, dtype, count)
+    expected, _ = exact(optimizer, param, grads)
+
+    run(optimizer, param, grads)
+
+    # Lion's sign, and a rounding of the parameter, may fall to the other side.
+    off = (param.detach().double() - expected.double()).abs() > CLOSE[dtype][1] + CLOSE[dtype][0] * expected.abs()
+    assert off.float().mean() < (0.02 if name == "Lion" else 1e-9)
+
+
+def decoded(optimizer, param):
+    """The 8-bit states of a parameter in float64, and beside each its codes, codebook and absmax per element."""
+    state = optimizer.state[param]
+    found = []
+    for suffix, count in zip("12", rules.RULES[optimizer.rule].states, strict=True):
+        if count:
+            codes = state[f"state{suffix}"].view(count, -1)
+            scales = state[f"absmax{suffix}"].view(count, -1).double().repeat_interleave(256, 1)[:, : codes.shape[1]]
+            table = state[f"qmap{suffix}"].double()
+            found += [(table[one.long()] * scale, one, table, scale) for one, scale in zip(codes, scales, strict=True)]
+    return found
+
+
+@hypothesis.given(
+    name=st.sampled_from(PLAIN),
+    n=st.integers(1, 1500),
+    dtype=st.sampled_from(DTYPES),
+    before=st.integers(0, 3),
+    hyper=hypers,
+    seed=st.integers(0, 99),
+)
+def test_any_8bit_step_is_the_exact_one_from_its_decoded_states(build, randn, name, n, dtype, before, hyper, seed):
+    """The parameter moves by the new states before they are quantized; their codes are those of the nearest level."""
+    param = randn(n, seed=seed, dtype=dtype)
+    arguments = {**hyper, "lr": min(hyper["lr"], 0.1)}
+    optimizer = build(name, [param], optim_bits=8, min_8bit_size=1, **arguments)
+    *first, last = gradients((n,), dtype, before + 1, seed)
+    run(optimizer, param, first)
+    zeros = (torch.zeros(n, dtype=torch.float64),) * sum(rules.RULES[optimizer.rule].states)
+    states = tuple(values for values, *_ in decoded(optimizer, param)) if before else zeros
+    group = optimizer.param_groups[0]
+    betas = (*group["betas"], 0.0)[:3]
+    settings = rules.Hyper(betas, group["eps"], group["weight_decay"], group.get("alpha", 0.0), 0, 0)
+    c = rules.coefficients(optimizer.rule, before + 1, group["lr"], settings)
+    _, moved, new = rules.moved(
+        optimizer.rule, c, param.detach().double(), last.double(), states, optimizer.args.max_unorm, group["eps"]
+    )
+
+    run(optimizer, param, [last])
+
+    off = (param.detach().double() - moved).abs() > CLOSE[dtype][1] + CLOSE[dtype][0] * moved.abs()
+    assert off.float().mean() < (0.02 if name == "Lion" else 1e-9)
+    for (_, codes, table, scale), state in zip(decoded(optimizer, param), new, strict=True):
+        assert ((scale - _largest(state)).abs() <= 1e-5 * _largest(state) + 1e-12).all()
+        scaled = torch.where(scale == 0, 0.0, state / scale)
+        distance = (table - scaled[:, None]).abs()
+        chosen = distance.gather(1, codes.long()[:, None])[:, 0]
+        nudged = (table.min() < 0) & ((scaled < 0) != (table[distance.argmin(1)] < 0))  # to keep the state's sign
+        assert (chosen - distance.min(1).values)[~nudged].le(1e-5).all()
+
+
+def _largest(state):
+    """The largest magnitude of each element's block of 256."""
+    blocks = torch.nn.functional.pad(state.abs(), (0, -len(state) % 256)).view(-1, 256)
+    return blocks.amax(1).repeat_interleave(256)[: len(state)]
+
+
 def test_adam_and_adamw_agree_with_torch_adamw(build, randn):
     for name, decay in (("Adam", 0.1), ("AdamW", 0.01)):
         ours, theirs = randn(8, 8), randn(8, 8)
