@@ -6,8 +6,10 @@ A native module takes addresses, 64-bit sizes and the codes below; Python keeps 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,28 +25,42 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class Placed(list[Tensor]):
-    """Contiguous tensors of one dtype and device, with their sizes and addresses, looked up once for all who ask."""
+class Known(NamedTuple):
+    """What Placed found out, without the tensors."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    dtype: torch.dtype
+    device: torch.device
+    sizes: array[int]
+    addresses: array[int]
+
+
+class Placed(list[Tensor]):
+    """Contiguous tensors of one dtype and device, with their sizes and addresses, looked up once for all who ask.
+
+    before  what was known of such a list: where sizes and addresses are those, so is the rest, and is not asked for
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], before: Known | None = None) -> None:
         """Raises ValueError for no tensors, and for tensors that are not alike or not contiguous."""
         super().__init__(tensors)
-        dtypes, devices = {one.dtype for one in tensors}, {one.device for one in tensors}
-        if len(dtypes) != 1 or len(devices) != 1 or not all(map(Tensor.is_contiguous, tensors)):
+        sizes, addresses = array("q", map(Tensor.numel, self)), array("q", map(Tensor.data_ptr, self))
+        if before is not None and before.addresses == addresses and before.sizes == sizes:
+            self.known = before
+            return
+        dtypes, devices = {one.dtype for one in self}, {one.device for one in self}
+        if len(dtypes) != 1 or len(devices) != 1 or not all(map(Tensor.is_contiguous, self)):
             raise ValueError("the tensors are not contiguous, or not of one dtype and device")
-        self.dtype, self.device = dtypes.pop(), devices.pop()
-        self.sizes = [*map(Tensor.numel, tensors)]
-        self.addresses = [*map(Tensor.data_ptr, tensors)]
+        self.known = Known(dtypes.pop(), devices.pop(), sizes, addresses)
 
 
-def sizes(tensors: Sequence[Tensor]) -> Sequence[int]:
+def sizes(tensors: Sequence[Tensor]) -> array[int]:
     """How many elements each tensor has."""
-    return tensors.sizes if isinstance(tensors, Placed) else [*map(Tensor.numel, tensors)]
+    return tensors.known.sizes if isinstance(tensors, Placed) else array("q", map(Tensor.numel, tensors))
 
 
-def addresses(tensors: Sequence[Tensor]) -> Sequence[int]:
+def addresses(tensors: Sequence[Tensor]) -> array[int]:
     """Where the data of each contiguous tensor begins."""
-    return tensors.addresses if isinstance(tensors, Placed) else [*map(Tensor.data_ptr, tensors)]
+    return tensors.known.addresses if isinstance(tensors, Placed) else array("q", map(Tensor.data_ptr, tensors))
 
 
 def is_dense(tensors: Sequence[Tensor]) -> bool:

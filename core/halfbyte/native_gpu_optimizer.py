@@ -160,7 +160,7 @@ def _update(
     seeds: Sequence[int],
 ) -> None:
     params, state1 = lists[0], lists[2]
-    fields = _fields(c, lists, seeds)
+    fields = _fields(c, optimizer, lists, seeds)
     if not fields:
         return
     param, where = params[0], place(params[0])
@@ -194,17 +194,17 @@ def _update(
     )
 
 
-def _fields(c: Module, lists: tuple[Sequence[Tensor], ...], seeds: Sequence[int]) -> array[int]:
+def _fields(c: Module, optimizer: str, lists: tuple[Sequence[Tensor], ...], seeds: Sequence[int]) -> array[int]:
     """The fields of all parameters that have elements, filled column by column: there may be ten thousand."""
     counts, absmax1 = sizes(lists[0]), lists[4]
     width = c.UPDATE_FIELDS
     fields = array("q", bytes(8 * width * len(counts)))
     for column, tensors in enumerate(lists):
         if tensors:
-            fields[column::width] = array("q", addresses(tensors))
-    fields[6::width] = array("q", counts)
-    if absmax1:
-        fields[7::width] = array("q", [size // 2 for size in sizes(absmax1)])  # read for ademamix alone
+            fields[column::width] = addresses(tensors)
+    fields[6::width] = counts
+    if absmax1 and optimizer == "ademamix":
+        fields[7::width] = array("q", [size // 2 for size in sizes(absmax1)])
     if seeds:
         fields[8::width] = array("q", (seed & 0xFFFFFFFF for seed in seeds))
     if all(counts):

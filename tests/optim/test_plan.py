@@ -163,6 +163,42 @@ def test_gradients_and_replaced_states_are_not_kept(build, randn, step):
     assert [one() for one in gone] == [None, None]
 
 
+def test_planned_step_is_seen_by_a_mode(build, randn, step):
+    ours, theirs = [randn(70, 60)], [randn(70, 60)]
+    optimizer, other = build("AdamW8bit", ours), build("AdamW8bit", theirs)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for seed in range(2):
+        step(other, theirs, seed)
+        with Watch():
+            step(optimizer, ours, seed)
+
+    assert seen.count("halfbyte.update_8bit.default") == 2
+    assert torch.equal(ours[0], theirs[0])
+
+
+def test_parameter_at_the_same_address_with_another_dtype_is_seen(build, randn, step):
+    """As where a model is cast and cast again, and the allocator gives the first memory back."""
+    params = [randn(70, 60)]
+    optimizer = build("AdamW8bit", params)
+    for seed in range(2):
+        step(optimizer, params, seed)
+
+    address = params[0].data_ptr()
+    params[0].data = torch.empty(0, dtype=torch.bfloat16).set_(params[0].untyped_storage(), 0, (70, 60)).zero_()
+    assert params[0].data_ptr() == address
+    params[0].grad = None
+    params[0].grad = torch.ones(70, 60, dtype=torch.bfloat16)
+    optimizer.step()
+
+    assert optimizer._plan.buckets[0].kinds[1] is torch.bfloat16
+
+
 def test_step_that_fails_leaves_no_plan(build, randn, step):
     params = [randn(70, 60)]
     optimizer = build("AdamW8bit", params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -235,7 +236,7 @@ def _check_8bit(*args: Any) -> None:
     if blocksize < 1:
         raise InputError(f"blocksize must be at least 1; got {blocksize}")
     sizes = native.sizes(params)
-    blocks = [-(-size // blocksize) for size in sizes]
+    blocks = array("q", [-(-size // blocksize) for size in sizes])
     for name, codes, absmax, codebook, count in (
         ("1", state1, absmax1, codebook1, rule.states[0]),
         ("2", state2, absmax2, codebook2, rule.states[1]),
@@ -249,6 +250,8 @@ def _check_8bit(*args: Any) -> None:
         if len(absmax) != len(params):
             raise InputError(f"absmax{name} must have one tensor per parameter, {len(params)}; got {len(absmax)}")
         _check_places(f"absmax{name}", absmax, torch.float32, params[0].device)
+        if count == 1 and native.sizes(absmax) == blocks:
+            continue
         for scale, found, number in zip(absmax, native.sizes(absmax), blocks):
             if found % count or found // count < number:
                 expected = f"({count}, {number})" if count > 1 else f"({number},)"
@@ -324,16 +327,18 @@ def _check_pair(param: Tensor, grad: Tensor, dtype: torch.dtype, device: torch.d
 
 def _alike(tensors: list[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether tensors are known to be contiguous, of a dtype and on a device."""
-    return isinstance(tensors, native.Placed) and tensors.dtype is dtype and tensors.device == device
+    return isinstance(tensors, native.Placed) and tensors.known[:2] == (dtype, device)
 
 
 def _check_states(
-    name: str, params: list[Tensor], sizes: Sequence[int], states: list[Tensor], dtype: torch.dtype, count: int
+    name: str, params: list[Tensor], sizes: array[int], states: list[Tensor], dtype: torch.dtype, count: int
 ) -> None:
     expected = len(params) if count else 0
     if len(states) != expected:
         raise InputError(f"{name} must have {expected} tensors for {len(params)} parameters; got {len(states)}")
     _check_places(name, states, dtype, params[0].device)
+    if count == 1 and native.sizes(states) == sizes:
+        return
     for found, size in zip(native.sizes(states), sizes):
         if found != count * size:
             raise InputError(f"{name} must have {count * size} elements; got {found}")

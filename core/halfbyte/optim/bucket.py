@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from .. import _runtime, calling
 from ..choosing import explain
 from ..dispatch import current_override
 from ..errors import NoKernel
-from ..native import Placed
+from ..native import Known, Placed
 from ..ops.rules import RULES
 from . import memory
 from .options import Config
@@ -72,6 +74,8 @@ class Bucket:
         self.lists = Lists()
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._plain = True
+        self._known: dict[str, Known] = {}  # of the lists, where they were renewed
+        self._tables = {name: sample[name] for name in ("qmap1", "qmap2") if name in sample}
 
     def count(self, name: str) -> int:
         """Values that the rule keeps in one of PARTS, per element or block."""
@@ -115,23 +119,29 @@ class Bucket:
         if len(configs) != 1 or {*map(type, grads)} != {Tensor}:
             return False
         self.config, before = configs.pop(), self.config
-        self.states = [states.get(key, {}) for key in self.keys]
+        found = [*map(states.get, self.keys)]
+        if None in found:
+            return False
+        self.states = found  # type: ignore[assignment]
         try:
-            self.steps = self.states[0]["step"]
             counts = [state["step"] for state in self.states]
-            tables = [{id(state.get(name)) for state in self.states} for name in ("qmap1", "qmap2")]
-            parts = {name: Placed([state[name] for state in self.states]) for name in self.parts}
-            params, given = Placed(self.keys), Placed(grads)
+            tables = {name: [state[name] for state in self.states] for name in self._tables}
+            placed = {
+                name: Placed([state[name] for state in self.states], self._known.get(name)) for name in self.parts
+            }
+            placed["params"], placed["grads"] = Placed(self.keys, self._known.get("params")), Placed(grads)
         except (KeyError, ValueError, RuntimeError):  # no such state, not alike, without an address
             return False
-        self.lists = Lists(params, given, **parts, seeds=self.lists.seeds)
+        self._known = {name: one.known for name, one in placed.items()}
+        self.lists = Lists(**placed, seeds=self.lists.seeds)
+        self.steps = counts[0]
         together = [*map(id, counts)] if isinstance(self.steps, Tensor) else counts
-        kinds = {(one.device, one.dtype) for one in (params, given)}
+        device, dtype, quantized = self.kinds
         return (
             together.count(together[0]) == len(together)
-            and tables == [{id(table)} for table in self.codebooks]
-            and kinds == {self.kinds[:2]}
-            and (parts["state1"].device, parts["state1"].dtype) == (self.kinds[0], self.kinds[2])
+            and all(all(map(is_, tables[name], repeat(table))) for name, table in self._tables.items())
+            and {self._known[name][:2] for name in ("params", "grads")} == {(dtype, device)}
+            and self._known["state1"][:2] == (quantized, device)
             and self.config.max_unorm == before.max_unorm
         )
 
