@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from halfbyte import optim
-
 NAMES = ["AdamW8bit", "AdamW", "AdEMAMix8bit", "Lion8bit", "SGD", "RMSprop8bit", "Adagrad", "LAMB8bit", "LARS"]
 BACKENDS = ["eager", "aot_eager"]  # the parameters themselves, and copies of them, as inductor's graphs may have
 
@@ -158,10 +156,11 @@ def test_optimizer_is_not_kept_by_its_number(build, model):
         torch.ops.halfbyte.step_optimizer(number, [], [])
 
 
-def test_wrong_gradient_is_refused_in_a_compiled_step_too(build, model):
+@pytest.mark.parametrize("graphs", BACKENDS)
+def test_setting_that_went_wrong_is_refused_in_a_compiled_step_too(build, model, graphs):
     params = model()
     optimizer = build("AdamW8bit", params)
-    run = torch.compile(optimizer.step, fullgraph=True, backend="eager")
+    run = torch.compile(optimizer.step, fullgraph=True, backend=graphs)
     give(params, 0)
     optimizer.param_groups[0]["lr"] = -1.0
     before = params[0].detach().clone()
@@ -170,4 +169,4 @@ def test_wrong_gradient_is_refused_in_a_compiled_step_too(build, model):
         run()
 
     assert torch.equal(params[0], before)
-    assert isinstance(optimizer, optim.AdamW8bit)
+    assert torch.is_grad_enabled()

@@ -31,8 +31,7 @@ from .state import PAGED_FROM, State, create, fits, refit, share_codebooks
 # A compiled function calls what is marked so as it is: a step is a few opaque op calls, with nothing to fuse.
 _eager = torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
 
-
-_OWN = (
+_OWN = (  # attributes that a copy has too
     *("args", "fused_clip", "stochastic_rounding", "capturable"),
     *("is_paged", "paged_budget", "paged_memory", "_told_of_paging"),
 )
@@ -167,7 +166,6 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- stepping ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
@@ -182,8 +180,9 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         if torch.compiler.is_dynamo_compiling() and self._plain():
             params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-            if params:
-                torch.ops.halfbyte.step_optimizer(self._number, params, [param.grad for param in params])
+            if params:  # detached, and not under no_grad, which a step that raises would leave switched on
+                given = [param.detach() for param in params], [param.grad for param in params]
+                torch.ops.halfbyte.step_optimizer(self._number, *given)
         else:
             self.update()
         return loss

@@ -153,9 +153,7 @@ class _Stage:
         """Send a piece through a buffer."""
         buffer = self._buffers[number]
         lists, copies = self._placed(piece, buffer)
-        pairs = [
-            (one.slab.view(one.start, one.size, torch.uint8), buffer[one.at : one.at + one.size]) for one in copies
-        ]
+        pairs = [(_host(one), buffer[one.at : one.at + one.size]) for one in copies]
         came = self.lanes.run(Lane.IN, partial(_copy, [(there, here) for here, there in pairs]), [self._free[number]])
         moved = self.lanes.run(Lane.UPDATE, partial(update, lists), [came])
         self._free[number] = self.lanes.run(Lane.OUT, partial(_copy, pairs), [moved])

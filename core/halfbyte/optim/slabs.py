@@ -15,7 +15,6 @@ from .state import PARTS, State
 
 ALIGNMENT = 256  # bytes, of each tensor
 SMALLEST, LARGEST = 2**20, 2**28  # bytes, of slabs that states share
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
 
 
 def aligned(size: int) -> int:
@@ -24,7 +23,7 @@ def aligned(size: int) -> int:
 
 
 class Slab(Protocol):
-    """Zeroed memory, which ends with the last tensor over it."""
+    """Memory, which ends with the last tensor over it."""
 
     length: int
     address: int
@@ -94,7 +93,7 @@ class Pages(mmap.mmap):
     """
 
     def __new__(cls, size: int, pin: Callable[[int, int], Callable[[], None]]) -> Pages:
-        return super().__new__(cls, -1, size, **_PRIVATE)
+        return super().__new__(cls, -1, size)  # shared: a fork must not move pages that a device writes to
 
     def __init__(self, size: int, pin: Callable[[int, int], Callable[[], None]]) -> None:
         self.length = size
