@@ -16,6 +16,7 @@ from halfbyte.ops import rules
 from .addresses import table_of
 from .codes8 import ANY, encoding
 from .launch import config, is_nvidia, launch, power_of_2, processors, registers, width
+from .pieces import GATHERS
 from .update import FIELDS, trust_kernel, update_kernel
 
 
@@ -96,7 +97,7 @@ def _update(
             BLOCKSIZE=blocksize,
             PADDED=padded,
             PART=part,
-            STAGES=tuned["num_stages"],
+            STAGES=tuned["num_stages"] if GATHERS else 1,  # triton 3.2 cannot load codes ahead of what they look up
             EIGHT=eight is not None,
             BOOK1=kinds[0],
             BOOK2=kinds[1],

@@ -11,9 +11,6 @@ INTERPRETED: tl.constexpr = tl.constexpr(
     os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 )
 
-# tl.gather: triton 3.2 has none, and 3.3 fails to compile it for more than one warp.
-GATHERS: tl.constexpr = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
-
 # 1.5 * 2^23: a float32 below 2^22 added to it is rounded to an integer, in the low bits.
 MAGIC: tl.constexpr = tl.constexpr(12582912.0)
 
@@ -59,12 +56,20 @@ def block_absmax(x):
         return or_zero(tl.max(magnitude, axis=1))
 
 
-@triton.jit
-def look_up(table_ptr, index, SIZE: tl.constexpr):
-    """table[index], of a flat tensor of indices below SIZE: from registers or shared memory, where it can."""
-    if GATHERS:
+# triton 3.2 has no tl.gather, and 3.3 fails to compile it for more than one warp.
+GATHERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+
+if GATHERS:
+
+    @triton.jit
+    def look_up(table_ptr, index, SIZE: tl.constexpr):
+        """table[index], of a flat tensor of indices below SIZE: through registers or shared memory."""
         return tl.gather(tl.load(table_ptr + tl.arange(0, SIZE)), index, 0)
-    else:
+
+else:
+
+    @triton.jit
+    def look_up(table_ptr, index, SIZE: tl.constexpr):
         return tl.load(table_ptr + index)
 
 
