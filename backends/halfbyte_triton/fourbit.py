@@ -168,28 +168,27 @@ def dequantize_kernel(
     BLOCKS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
     NESTED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    # A step is small, so that a thread reads as many bytes as become one 16-byte store; steps overlap.
+    # A step is small, so that a thread reads as many bytes as become one 16-byte store; the next ones are loaded ahead.
     TILE: tl.constexpr = BLOCKS * BLOCKSIZE
-    HALF: tl.constexpr = BLOCKSIZE // 2
-    place = tl.arange(0, BLOCKS)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    for step in tl.static_range(STEPS):
+    place = tl.arange(0, TILE // 2)
+    block = tl.arange(0, BLOCKS)
+    at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         tile = tl.program_id(0).to(tl.int64) * STEPS + step
         left = tl.minimum(n - tile * TILE, TILE).to(tl.int32)  # below 0 for a step beyond the end
+        inside = None if WHOLE else block * BLOCKSIZE < left
         if WHOLE:
             byte = tl.load(packed_ptr + tile * (TILE // 2) + place).to(tl.int32)
         else:
             byte = tl.load(packed_ptr + tile * (TILE // 2) + place, mask=place * 2 < left, other=0).to(tl.int32)
-        block = tl.arange(0, BLOCKS)
-        inside = None if WHOLE else block * BLOCKSIZE < left
         absmax = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, tile * BLOCKS + block, inside, NESTED)
-        byte = tl.reshape(byte, [TILE // 2])
-        high = tl.reshape(look_up(levels_ptr, byte >> 4, 16), [BLOCKS, HALF]) * absmax[:, None]
-        low = tl.reshape(look_up(levels_ptr, byte & 15, 16), [BLOCKS, HALF]) * absmax[:, None]
-        values = rounded(tl.reshape(tl.join(high, low), [TILE]), out_ptr.dtype.element_ty)
-        at = tl.arange(0, TILE)
+        code = tl.reshape(tl.join(byte >> 4, byte & 15), [TILE])
+        level = tl.reshape(look_up(levels_ptr, code, 16), [BLOCKS, BLOCKSIZE])
+        values = rounded(level * absmax[:, None], out_ptr.dtype.element_ty)
         if WHOLE:
             tl.store(out_ptr + tile * TILE + at, values)
         else:
@@ -226,6 +225,7 @@ def dequantize_4bit(
             BLOCKS=tile // blocksize,
             BLOCKSIZE=blocksize,
             STEPS=steps,
+            STAGES=tuned["num_stages"],
             NESTED=nested_absmax is not None,
             WHOLE=n % (tile * steps) == 0,
             num_warps=tuned["num_warps"],

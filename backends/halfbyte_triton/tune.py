@@ -53,7 +53,7 @@ def products(**choices: Sequence[int]) -> Iterator[Config]:
 
 
 def candidates(bucket: Bucket) -> list[Config]:
-    operation, rows = bucket.operation, int(bucket.name)
+    operation, rows = bucket.operation, int(bucket.name)  # or bytes per element
     if operation == "linear_4bit":
         return linear_candidates(rows)
     if operation in PRODUCTS:
@@ -70,7 +70,10 @@ def candidates(bucket: Bucket) -> list[Config]:
             *products(TILE=[4096], PART=[4], REGISTERS=[0, 128], num_warps=[8], num_stages=[1, 2]),
         ]
     if operation == "dequantize_4bit":
-        return list(products(TILE=[512, 1024, 2048], STEPS=[1, 4], num_warps=[2, 4]))
+        return [
+            {"TILE": 512 // int(bucket.name) * warps, "STEPS": steps, "num_warps": warps, "num_stages": stages}
+            for warps, steps, stages in itertools.product((1, 2, 4), (4, 8), (1, 3, 5))
+        ]
     if operation == "quantize_int8_rows":
         return list(products(TILE=[8192, 16384], PIECE=[4096, 8192], num_warps=[4, 8]))
     if operation == "dequantize_int8":
