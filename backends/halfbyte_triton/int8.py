@@ -20,15 +20,17 @@ from halfbyte.ops import int8 as reference
 
 from .launch import cdiv, config, launch, power_of_2, width
 from .linear4bit import product, shares_of, sum_shares
-from .pieces import MAGIC, or_zero, rounded, widened
+from .pieces import INTERPRETED, MAGIC, or_zero, rounded, widened
 
 # -- rows ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _magnitude(x, threshold, OUTLIERS: tl.constexpr):
-    """|x| of what enters the row's maximum."""
-    size = or_zero(tl.abs(x))
+    """|x| of what enters the row's maximum, which leaves NaN out."""
+    size = tl.abs(x)
+    if INTERPRETED:
+        size = or_zero(size)
     if OUTLIERS:
         size = tl.where(size >= threshold, 0.0, size)
     return size
@@ -40,7 +42,7 @@ def _quantized(x, scale):
     scaled = x * scale
     scaled = tl.where(scaled == scaled, scaled, 0.0)
     scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
-    return ((scaled + MAGIC) - MAGIC).to(tl.int8)
+    return (scaled + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -67,9 +69,9 @@ def rows_kernel(
     if K <= PIECE:  # once through: the row stays in registers
         inside = valid if ALIGNED else valid & (column < K)
         x = widened(tl.load(x_ptr + start + column, mask=inside, other=0.0))
-        largest = tl.max(_magnitude(x, threshold, OUTLIERS), axis=1)
+        largest = or_zero(tl.max(_magnitude(x, threshold, OUTLIERS), axis=1))
         if OUTLIERS:
-            found = tl.max((or_zero(tl.abs(x)) >= threshold).to(tl.int32), axis=0)
+            found = tl.max((tl.abs(x) >= threshold).to(tl.int32), axis=0)
             tl.store(columns_ptr + tl.arange(0, PIECE), 1, mask=(found != 0) & (tl.arange(0, PIECE) < K))
     else:
         for begin in range(0, K, PIECE):
@@ -77,7 +79,7 @@ def rows_kernel(
             x = widened(tl.load(x_ptr + start + begin + column, mask=inside, other=0.0))
             largest = tl.maximum(largest, tl.max(_magnitude(x, threshold, OUTLIERS), axis=1))
             if OUTLIERS:
-                found = tl.max((or_zero(tl.abs(x)) >= threshold).to(tl.int32), axis=0)
+                found = tl.max((tl.abs(x) >= threshold).to(tl.int32), axis=0)
                 at = begin + tl.arange(0, PIECE)
                 tl.store(columns_ptr + at, 1, mask=(found != 0) & (at < K))
     tl.store(absmax_ptr + row, largest, mask=row < M)
