@@ -4,8 +4,8 @@
 // Work      a persistent grid strides over the chunks of all tensors alike.  A group of 32 lanes has a block, eight
 //           elements per lane, and reads its next one meanwhile; the largest magnitude goes through one reduction
 //           per state, without a barrier.  The tables of the codebooks are made once per thread block.
-// Bound by  memory: 10.06 bytes per bf16 parameter of Adam; its 60 instructions are two thirds of what a
-//           multiprocessor issues meanwhile, and shared memory is as busy: four lookups with a threefold conflict.
+// Bound by  memory: 10.06 bytes per bf16 parameter of Adam.  Its 71 instructions keep the schedulers of an H200 busy
+//           for 70 % of the time, and look-ups of 32 lanes in tables of 32 banks take three cycles.
 // Agrees    codes bit for bit with the reference: state / absmax is rounded correctly.  See optimizer.cuh.
 #include "optimizer.cuh"
 

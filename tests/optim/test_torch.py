@@ -175,7 +175,7 @@ def test_step_is_seen_by_the_profiler(build, randn, step):
     param = randn(4)
     optimizer = build("AdamW8bit", [param])
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         step(optimizer, [param])
 
     assert "Optimizer.step#AdamW8bit.step" in {event.key for event in profile.key_averages()}
