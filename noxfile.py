@@ -1,11 +1,13 @@
-"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, cuda, hip, triton, docs, bench, build,
-tables.
+"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, cuda, hip, triton, sycl, docs, bench,
+build, tables.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -158,6 +160,20 @@ def triton(session: nox.Session, version: str) -> None:
     # 3.9 warns where the variable is unset; the cache of the machine is not to hide what does not compile.
     variables = {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(Path(session.create_tmp()) / "triton")}
     session.run("pytest", "-n", "2", *(session.posargs or ["tests/backends/triton"]), env=variables)
+
+
+@nox.session
+def sycl(session: nox.Session) -> None:
+    """Run the SYCL kernels on the CPU, through Intel's OpenCL runtime from PyPI (1.5 GB unpacked)."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        session.skip("Intel's OpenCL runtime for CPUs is one for Linux on x86-64")
+    session.install("intel-sycl-rt==2026.2.*", "intel-opencl-rt==2026.2.*")
+    install(session, HALFBYTE_SYCL="ON")
+    session.install("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis>=6.100")
+    # The runtime's own file of OpenCL devices holds a placeholder for its path, and other devices are not to be found.
+    runtime = Path(session.virtualenv.location).absolute() / "lib" / "libintelocl.so"
+    variables = {"OCL_ICD_FILENAMES": str(runtime), "OCL_ICD_VENDORS": "/nonexistent"}
+    session.run("pytest", "-n", "2", *(session.posargs or ["tests/backends/xpu"]), env=variables)
 
 
 @nox.session

@@ -24,11 +24,14 @@ ALIGNMENT = 16  # bytes: what the widest access of a kernel wants
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
-    """The device's index and the address of its current stream; (-1, 0) for the emulation's CPU tensors."""
-    if not tensor.is_cuda:
-        return -1, 0
-    index = tensor.get_device()
-    return index, torch._C._cuda_getCurrentRawStream(index)
+    """The device's index and the address of its current stream; (-1, 0) for CPU tensors, which tests use."""
+    if tensor.is_cuda:
+        index = tensor.get_device()
+        return index, torch._C._cuda_getCurrentRawStream(index)
+    if tensor.is_xpu:
+        index = tensor.get_device()
+        return index, torch.xpu.current_stream(index).sycl_queue
+    return -1, 0
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ BUILTIN = {
     "cuda": "halfbyte_cuda.plugin",
     "rocm": "halfbyte_rocm.plugin",
     "triton": "halfbyte_triton.plugin",
+    "xpu": "halfbyte_xpu.plugin",
 }
 
 

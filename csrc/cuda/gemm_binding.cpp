@@ -20,16 +20,16 @@ void bind_gemm(py::module_& module) {
                  Address y, int tiles, int depth, int device, Address stream) {
                const cuda::Linear4 a = arguments(x, dtype, packed, absmax, nested, codebook, offset, format,
                                                  blocksize, bias, m, n, k, y, stream);
-               call(device, [&] { return cuda::linear_4bit_stream(a, tiles, depth); });
+               call(device, stream, [&] { return cuda::linear_4bit_stream(a, tiles, depth); });
              });
-  module.def("linear_4bit_tile",
-             [=](Address x, int dtype, Address packed, Address absmax, Address nested, Address codebook,
-                 Address offset, int format, int64_t blocksize, Address bias, int64_t m, int64_t n, int64_t k,
-                 Address y, int columns, int groups, int turns, int log_splits, int device, Address stream) {
-               const cuda::Linear4 a = arguments(x, dtype, packed, absmax, nested, codebook, offset, format,
-                                                 blocksize, bias, m, n, k, y, stream);
-               call(device, [&] { return cuda::linear_4bit_tile(a, columns, groups, turns, log_splits); });
-             });
+  module.def("linear_4bit_tile", [=](Address x, int dtype, Address packed, Address absmax, Address nested,
+                                     Address codebook, Address offset, int format, int64_t blocksize,
+                                     Address bias, int64_t m, int64_t n, int64_t k, Address y, int columns,
+                                     int groups, int turns, int log_splits, int device, Address stream) {
+    const cuda::Linear4 a = arguments(x, dtype, packed, absmax, nested, codebook, offset, format, blocksize,
+                                      bias, m, n, k, y, stream);
+    call(device, stream, [&] { return cuda::linear_4bit_tile(a, columns, groups, turns, log_splits); });
+  });
 }
 
 }  // namespace halfbyte::gpu

@@ -19,12 +19,13 @@ T* at(Address address) {
 // Runs a launcher on `device` (-1: as things are) without Python's lock; a text becomes RuntimeError.  The
 // thread's current device is afterwards what it was: it is torch's business.
 template <class Function>
-void call(int device, const Function& function) {
+void call(int device, Address stream, const Function& function) {
   const char* error = nullptr;
   {
     const pybind11::gil_scoped_release release;
     const int before = device < 0 ? device : current_device();
     if (device != before) error = set_device(device);
+    use_stream(at(stream));
     if (error == nullptr) error = function();
     if (device != before && before >= 0) set_device(before);
   }

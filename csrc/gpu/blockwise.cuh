@@ -9,8 +9,6 @@ namespace halfbyte::gpu {
 template <class T>
 constexpr int kChunk = 32 / sizeof(T);
 
-constexpr unsigned kGroup = 32;  // lanes that a shuffle reaches
-
 // x[first .. first + kChunk), with zeros from `count` on.  Without a branch in the common case.
 template <class T>
 HALFBYTE_DEVICE void read_chunk(const T* x, int64_t first, int64_t count, float* v) {

@@ -13,12 +13,6 @@
 #pragma once
 #include "portable.cuh"
 
-#if defined(HALFBYTE_EMULATE)
-#define HALFBYTE_ROLL
-#else
-#define HALFBYTE_ROLL _Pragma("unroll 1")  // for what is rare: code that is copied costs registers
-#endif
-
 namespace halfbyte::gpu {
 
 HALFBYTE_DEVICE uint32_t ordered_bits(float f) {

@@ -10,10 +10,10 @@
 
 namespace halfbyte::gpu {
 
-constexpr int kEach = 8;  // elements per lane: a group of 32 has a block of 256
-constexpr int kUpdateThreads = 256;
-constexpr int kGroups = kUpdateThreads / kGroup;
-static_assert(kGroups * kUpdateBlock == kUpdateChunk);
+constexpr int kEach = kUpdateBlock / kGroup;  // elements per lane: a group has a block of 256
+constexpr int kGroups = static_cast<int>(kUpdateChunk / kUpdateBlock);
+constexpr int kUpdateThreads = kGroups * static_cast<int>(kGroup);
+inline int update_threads() { return kGroups * static_cast<int>(group_lanes()); }  // for a launch
 
 template <Optimizer kRule>
 struct Kept {
@@ -51,6 +51,8 @@ HALFBYTE_DEVICE bool any_lane(bool holds) {
 #if defined(HALFBYTE_EMULATE)
   for (int mask = HALFBYTE_WARP / 2; mask > 0; mask /= 2) holds |= HALFBYTE_SHFL_XOR(holds, mask);
   return holds;
+#elif defined(HALFBYTE_SYCL)
+  return xpu::any_lane(holds);
 #elif defined(__HIP__)
   return __any(holds);
 #else
@@ -96,7 +98,7 @@ HALFBYTE_DEVICE uint32_t hash32(uint32_t x) {
 template <int kBytes>
 HALFBYTE_DEVICE Words<kBytes> stream(const void* p) {
   Words<kBytes> to;
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
 #define HALFBYTE_STREAM(type) *static_cast<const type*>(p)
 #else
 #define HALFBYTE_STREAM(type) __ldcs(static_cast<const type*>(p))
@@ -118,7 +120,7 @@ HALFBYTE_DEVICE Words<kBytes> stream(const void* p) {
 // Writes them, as one access: an assignment of a vector may become four of its parts.
 template <int kBytes>
 HALFBYTE_DEVICE void stream_to(void* p, Words<kBytes> from) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
   store<kBytes>(p, from);
 #else
   if constexpr (kBytes == 16) {

@@ -32,7 +32,7 @@ struct Trust {
 };
 
 void run(bool quantized, Update update, const Trust& trust, int device, Address stream) {
-  call(device, [&]() -> const char* {
+  call(device, stream, [&]() -> const char* {
     if (trust.max_unorm > 0.0) {
       update.sizes = at<const float>(trust.sizes);
       if (const char* error = update_trust(update, quantized, trust.max_unorm, trust.eps,
@@ -54,7 +54,7 @@ void bind_optimizer(py::module_& module) {
   });
   module.def("plan_update", [](Address fields, int64_t tensors, int64_t chunks, int optimizer, int dtype,
                                int states, Address tensor, Address chunk, int device, Address stream) {
-    call(device, [&] {
+    call(device, stream, [&] {
       return plan_update(at<const int64_t>(fields), tensors, chunks, static_cast<Optimizer>(optimizer),
                          static_cast<DType>(dtype), states, at<UpdateTensor>(tensor), at<int32_t>(chunk),
                          at(stream));
@@ -65,7 +65,7 @@ void bind_optimizer(py::module_& module) {
                                 std::pair<Address, int> step, std::pair<Address, int> lr,
                                 std::pair<Address, int> scale, Address out, int device, Address stream) {
         const Hyper set = {hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5], rising[0], rising[1]};
-        call(device, [&] {
+        call(device, stream, [&] {
           return update_coefficients(static_cast<Optimizer>(optimizer), set, scalar_of(step), scalar_of(lr),
                                      scalar_of(scale), at<Coefficients>(out), at(stream));
         });

@@ -1,7 +1,7 @@
-// portable.cuh: the one place where CUDA, HIP and the emulation differ.
+// portable.cuh: the one place where CUDA, HIP, SYCL and the emulation differ.
 //
-// Kernels are written once, with the names below.  Shuffles reach at most 32 neighbouring lanes unless a kernel
-// is a template over `Lanes`, which is 32 or 64 and chosen by with_lanes() from what the device says.
+// Kernels are written once, with the names below.  Shuffles reach kGroup neighbouring lanes unless a kernel is a
+// template over `Lanes`, which with_lanes() chooses from what the device says.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -13,6 +13,8 @@
 
 #if defined(HALFBYTE_EMULATE)
 #include "emulate.h"
+#elif defined(HALFBYTE_SYCL)
+#include "xpu.h"
 #elif defined(__HIP__)
 #include <hip/hip_fp16.h>
 #include <hip/hip_runtime.h>
@@ -29,6 +31,8 @@
   halfbyte::emulate::launch(grid, block, smem, stream, [=] { (HALFBYTE_UNPAREN kernel)(__VA_ARGS__); })
 #define HALFBYTE_SHFL_XOR(value, mask) halfbyte::emulate::shuffle_xor(value, mask)
 #define HALFBYTE_UNROLL
+#define HALFBYTE_ROLL
+#elif defined(HALFBYTE_SYCL)  // xpu.h has them
 #elif defined(__HIP__)
 #define gpuStream_t hipStream_t
 #define gpuError_t hipError_t
@@ -49,6 +53,7 @@
   HALFBYTE_UNPAREN kernel<<<grid, block, smem, static_cast<gpuStream_t>(stream)>>>(__VA_ARGS__)
 #define HALFBYTE_SHFL_XOR(value, mask) __shfl_xor(value, mask)
 #define HALFBYTE_UNROLL _Pragma("unroll")
+#define HALFBYTE_ROLL _Pragma("unroll 1")  // for what is rare: code that is copied costs registers
 #else
 #define gpuStream_t cudaStream_t
 #define gpuError_t cudaError_t
@@ -74,10 +79,14 @@
   HALFBYTE_UNPAREN kernel<<<grid, block, smem, static_cast<gpuStream_t>(stream)>>>(__VA_ARGS__)
 #define HALFBYTE_SHFL_XOR(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 #define HALFBYTE_UNROLL _Pragma("unroll")
+#define HALFBYTE_ROLL _Pragma("unroll 1")  // for what is rare: code that is copied costs registers
 #endif
 #define HALFBYTE_UNPAREN(...) __VA_ARGS__  // a kernel with template arguments is given in parentheses
 
 #define HALFBYTE_DEVICE __device__ __forceinline__
+#if defined(HALFBYTE_EMULATE) || defined(HALFBYTE_SYCL) || defined(__HIP__)
+#define HALFBYTE_PLAIN  // C++ in place of CUDA's instructions
+#endif
 
 namespace halfbyte::gpu {
 
@@ -101,14 +110,29 @@ inline unsigned grid_for(int64_t tiles, int each) {
   return static_cast<unsigned>(tiles < most ? tiles : most);
 }
 
+// Lanes that a shuffle reaches, on every GPU: 32.  With SYCL the size of sub-groups, for which kernels are compiled
+// when they are first run; launchers ask for it, kGroup is a kernel's.
+#if defined(HALFBYTE_SYCL)
+constexpr unsigned kGroup = HALFBYTE_LANES;
+inline unsigned group_lanes() {
+  int lanes = 0;
+  return gpuDeviceGetAttribute(&lanes, gpuLanes, 0) == gpuSuccess ? static_cast<unsigned>(lanes) : kGroup;
+}
+#else
+constexpr unsigned kGroup = 32;
+inline unsigned group_lanes() { return kGroup; }
+#endif
+
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// f(Int<32>) or f(Int<64>): the lanes in lockstep of the current device.
+// f(Int<lanes>): the lanes in lockstep of the current device, 16 (SYCL), 32 or 64.
 template <class Function>
 const char* with_lanes(const Function& f) {
 #if defined(HALFBYTE_EMULATE)
   return f(Int<HALFBYTE_WARP>());
+#elif defined(HALFBYTE_SYCL)
+  return group_lanes() == 16 ? f(Int<16>()) : f(Int<32>());
 #elif defined(__HIP__)
   int device = 0, lanes = 0;
   if (gpuGetDevice(&device) != gpuSuccess) return gpuGetErrorString(gpuGetLastError());
@@ -146,6 +170,8 @@ HALFBYTE_DEVICE float widen(BFloat x) { return as_float(static_cast<uint32_t>(x.
 HALFBYTE_DEVICE float widen(Half x) {
 #if defined(HALFBYTE_EMULATE)
   return emulate::half_to_float(x.bits);
+#elif defined(HALFBYTE_SYCL)
+  return xpu::half_to_float(x.bits);
 #else
   return __half2float(__ushort_as_half(x.bits));
 #endif
@@ -162,13 +188,15 @@ template <>
 HALFBYTE_DEVICE Half narrow<Half>(float x) {
 #if defined(HALFBYTE_EMULATE)
   return {emulate::float_to_half(x)};
+#elif defined(HALFBYTE_SYCL)
+  return {xpu::float_to_half(x)};
 #else
   return {__half_as_ushort(__float2half_rn(x))};
 #endif
 }
 template <>
 HALFBYTE_DEVICE BFloat narrow<BFloat>(float x) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
   const uint32_t bits = as_bits(x);
   if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // stays NaN
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
@@ -180,7 +208,7 @@ HALFBYTE_DEVICE BFloat narrow<BFloat>(float x) {
 // Two 16-bit numbers in a word, the first in the low half.
 template <class T>
 HALFBYTE_DEVICE uint32_t narrow2(float low, float high) {
-#if !defined(HALFBYTE_EMULATE) && !defined(__HIP__)
+#if !defined(HALFBYTE_PLAIN)
   if constexpr (std::is_same_v<T, BFloat>) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     uint32_t word;
@@ -210,7 +238,7 @@ HALFBYTE_DEVICE void widen2(uint32_t word, float& low, float& high) {
 }
 
 HALFBYTE_DEVICE uint32_t reverse_bytes(uint32_t word) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
   return __builtin_bswap32(word);
 #else
   return __byte_perm(word, 0, 0x0123);
@@ -219,7 +247,7 @@ HALFBYTE_DEVICE uint32_t reverse_bytes(uint32_t word) {
 
 // The sum of four products of signed bytes, and c.
 HALFBYTE_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t c) {
-#if !defined(HALFBYTE_EMULATE) && !defined(__HIP__)
+#if !defined(HALFBYTE_PLAIN)
   return __dp4a(static_cast<int>(a), static_cast<int>(b), c);
 #else
   for (int i = 0; i < 32; i += 8) {
@@ -233,7 +261,7 @@ HALFBYTE_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t c) {
 // here: the byte, made unsigned, becomes the last of the mantissa of 2^23.
 HALFBYTE_DEVICE float widen_byte(uint32_t word, int i) {
   const uint32_t shifted = word ^ 0x80808080u;
-#if !defined(HALFBYTE_EMULATE) && !defined(__HIP__)
+#if !defined(HALFBYTE_PLAIN)
   const uint32_t bits = __byte_perm(shifted, 0x4b000000u, 0x7650u + static_cast<uint32_t>(i));
 #else
   const uint32_t bits = (shifted >> 8 * i & 255u) | 0x4b000000u;
@@ -247,7 +275,7 @@ HALFBYTE_DEVICE uint32_t narrow_byte(float x) { return as_bits(x + 12582912.0f);
 
 // The last bytes of four words, the first one lowest.
 HALFBYTE_DEVICE uint32_t last_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
   return (a & 255u) | (b & 255u) << 8 | (c & 255u) << 16 | (d & 255u) << 24;
 #else
   return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410);
@@ -256,7 +284,7 @@ HALFBYTE_DEVICE uint32_t last_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t
 
 // The first bytes of four words, the first one's lowest.
 HALFBYTE_DEVICE uint32_t upper_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
   return a >> 24 | b >> 24 << 8 | c >> 24 << 16 | d >> 24 << 24;
 #else
   return __byte_perm(__byte_perm(a, b, 0x73), __byte_perm(c, d, 0x73), 0x5410);
@@ -265,7 +293,7 @@ HALFBYTE_DEVICE uint32_t upper_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_
 
 // Byte i of a word.
 HALFBYTE_DEVICE uint32_t byte_of(uint32_t word, int i) {
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
   return word >> 8 * i & 255u;
 #else
   return __byte_perm(word, 0, 0x4440u + static_cast<uint32_t>(i));
@@ -291,7 +319,7 @@ struct Words {
 template <int Bytes>
 HALFBYTE_DEVICE Words<Bytes> load(const void* p) {
   Words<Bytes> to;
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
 #define HALFBYTE_READ(type) *static_cast<const type*>(p)
 #else
 #define HALFBYTE_READ(type) __ldg(static_cast<const type*>(p))

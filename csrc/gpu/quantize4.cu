@@ -17,6 +17,7 @@ namespace halfbyte::gpu {
 namespace {
 
 constexpr int kBins = 64;
+constexpr unsigned kCopies = 32;  // of the table
 
 // A format by its thresholds, padded with infinity, and the codes between them.
 struct Encoding {
@@ -33,7 +34,7 @@ struct Bin {
 // The bin of s, as bits 8..13: 2 + 30 (1 + s), for |s| <= 1 from 2 to 62; NaN is in bin 63.  Rises with s.
 HALFBYTE_DEVICE uint32_t bin_bits(float s) {
   const float shifted = fmaf(s, 30.0f * 256.0f, 8388608.0f + 32.0f * 256.0f);
-#if defined(HALFBYTE_EMULATE) || defined(__HIP__)
+#if defined(HALFBYTE_PLAIN)
   if (s != s) return 63u << 8;  // where NaN keeps its payload
 #endif
   return as_bits(shifted) & 0x3f00u;  // NaN is 0x7fffffff
@@ -52,15 +53,15 @@ HALFBYTE_DEVICE void fill_table(Bin* table, const Encoding& encoding) {
   }
   const uint32_t low = encoding.order[below], high = encoding.order[below < 15 ? below + 1 : 15];
   const Bin entry = bin == kBins - 1 ? Bin{INFINITY, 0u} : Bin{threshold, low | high << 4};
-  for (unsigned lane = threadIdx.x % static_cast<unsigned>(each); lane < kGroup; lane += each) {
-    table[bin * kGroup + lane] = entry;
+  for (unsigned lane = threadIdx.x % static_cast<unsigned>(each); lane < kCopies; lane += each) {
+    table[bin * kCopies + lane] = entry;
   }
 }
 
 template <bool Sign>
 HALFBYTE_DEVICE uint32_t encode(float s, const Bin* table) {
   const float value = Sign ? fabsf(s) : s;
-  const auto* entry = reinterpret_cast<const char*>(table) + (bin_bits(value) | (threadIdx.x % kGroup * 8u));
+  const auto* entry = reinterpret_cast<const char*>(table) + (bin_bits(value) | (threadIdx.x % kCopies * 8u));
   const Bin bin = *reinterpret_cast<const Bin*>(entry);
   uint32_t code = (value > bin.threshold ? bin.codes >> 4 : bin.codes) & 15u;
   if (Sign && s < 0.0f) code |= 8u;
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(Wide ? 512 : 256)
     quantize_4bit_kernel(const T* __restrict__ x, int64_t count, Encoding encoding, int shift,
                          uint8_t* __restrict__ packed, float* __restrict__ absmax) {
   constexpr int kValues = kChunk<T>;
-  __shared__ Bin table[kBins * kGroup];
+  __shared__ Bin table[kBins * kCopies];
   fill_table(table, encoding);
   __syncthreads();
   const unsigned lanes = (1u << shift) / kValues;
@@ -121,7 +122,7 @@ template <class T, bool Sign>
 const char* launch(const T* x, int64_t count, const Encoding& encoding, int64_t blocksize, uint8_t* packed,
                    float* absmax, void* stream) {
   const int shift = log2_of(blocksize);
-  const bool wide = blocksize > kGroup * kChunk<T>;
+  const bool wide = blocksize > group_lanes() * kChunk<T>;
   const int threads = wide ? 512 : 256;
   const unsigned grid = grid_for(ceil_div(count, int64_t{threads} * kChunk<T>), wide ? 4 : 8);
   if (wide) {

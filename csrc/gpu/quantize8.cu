@@ -169,12 +169,12 @@ const char* launch(const T* x, int64_t count, const float* codebook, int64_t blo
                    float* absmax, void* stream) {
   const int shift = log2_of(blocksize);
   if (blocksize < kChunk<T> || blocksize > 4096 || int64_t{1} << shift != blocksize) {
-    const unsigned grid = grid_for(ceil_div(ceil_div(count, blocksize), 256 / kGroup), 8);
+    const unsigned grid = grid_for(ceil_div(ceil_div(count, blocksize), 256 / group_lanes()), 8);
     HALFBYTE_LAUNCH((quantize_8bit_any_kernel<T>), grid, 256, 0, stream, x, count, codebook, blocksize, codes,
                     absmax);
     return launched();
   }
-  const bool wide = blocksize > kGroup * kChunk<T>;
+  const bool wide = blocksize > group_lanes() * kChunk<T>;
   const int threads = wide ? 512 : 256;
   const unsigned grid = grid_for(ceil_div(count, int64_t{threads} * kChunk<T>), wide ? 4 : 8);
   if (wide) {

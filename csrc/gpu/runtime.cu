@@ -41,6 +41,8 @@ const char* managed_prefetch(const void* data, int64_t size, void* stream) {
                                      static_cast<gpuStream_t>(stream)));
 }
 
+void use_stream(void*) {}
+
 const char* archs() { return HALFBYTE_ARCHS; }
 
 }  // namespace halfbyte::gpu

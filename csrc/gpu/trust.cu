@@ -93,13 +93,13 @@ const char* launch(const Update& update, bool quantized, double max_unorm, doubl
   if constexpr (kRule == Optimizer::adam || kRule == Optimizer::momentum || kRule == Optimizer::rmsprop) {
     const unsigned grid = grid_for(update.chunks, 4);
     if (quantized) {
-      HALFBYTE_LAUNCH((sums_kernel<kRule, T, true>), grid, kUpdateThreads, 0, stream, update, partial);
+      HALFBYTE_LAUNCH((sums_kernel<kRule, T, true>), grid, update_threads(), 0, stream, update, partial);
     } else {
-      HALFBYTE_LAUNCH((sums_kernel<kRule, T, false>), grid, kUpdateThreads, 0, stream, update, partial);
+      HALFBYTE_LAUNCH((sums_kernel<kRule, T, false>), grid, update_threads(), 0, stream, update, partial);
     }
     if (const char* error = launched()) return error;
-    HALFBYTE_LAUNCH((sizes_kernel), grid_for(update.tensors, 8), kUpdateThreads, 0, stream, update, max_unorm,
-                    eps, partial, sizes);
+    HALFBYTE_LAUNCH((sizes_kernel), grid_for(update.tensors, 8), update_threads(), 0, stream, update,
+                    max_unorm, eps, partial, sizes);
     return launched();
   }
   return "this optimizer has no trust factor";

@@ -63,7 +63,7 @@ const char* update_32bit(const Update& update, void* stream) {
   return with_rule(update.optimizer, [&](auto rule) {
     return with_dtype(update.dtype, [&](auto type) {
       HALFBYTE_LAUNCH((update_32bit_kernel<rule.value, decltype(type)>), grid_for(update.chunks, 8),
-                      kUpdateThreads, 0, stream, update);
+                      update_threads(), 0, stream, update);
       return launched();
     });
   });

@@ -191,9 +191,9 @@ template <Optimizer kRule, class T>
 const char* launch(const Update& update, void* stream) {
   const unsigned grid = grid_for(update.chunks, kBlocks<kRule>);
   if (update.skip_zeros || update.stochastic || update.sizes != nullptr) {
-    HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, true>), grid, kUpdateThreads, 0, stream, update);
+    HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, true>), grid, update_threads(), 0, stream, update);
   } else {
-    HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, false>), grid, kUpdateThreads, 0, stream, update);
+    HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, false>), grid, update_threads(), 0, stream, update);
   }
   return launched();
 }

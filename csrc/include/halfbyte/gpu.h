@@ -1,4 +1,4 @@
-// gpu.h: the seam between host and GPU compilers: the portable kernels of CUDA, ROCm and the emulation.
+// gpu.h: the seam between host and GPU compilers: the portable kernels of CUDA, ROCm, SYCL and the emulation.
 //
 // Every launcher enqueues on `stream` of the current device and returns nullptr or an error text; none prints,
 // throws, waits or allocates, so all can be captured in a graph.  Sizes count elements and are 64 bits wide;
@@ -17,6 +17,9 @@ int device_count(const char** error);
 // The current device of this thread; -1 where there is none.
 int current_device();
 const char* set_device(int device);
+
+// The stream of what this thread launches next.  With SYCL that is what says which device it is for.
+void use_stream(void* stream);
 
 // Memory that host and device reach at one address, for paged states.  Only managed_prefetch enqueues.
 const char* managed_alloc(int64_t size, void** data);
