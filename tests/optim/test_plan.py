@@ -163,6 +163,17 @@ def test_gradients_and_replaced_states_are_not_kept(build, randn, step):
     assert [one() for one in gone] == [None, None]
 
 
+def test_no_places_are_no_parameters(build, randn):
+    param = randn(70, 60)
+    optimizer = build("AdamW8bit", [param])
+    param.grad = torch.ones(70, 60)
+    before = param.detach().clone()
+
+    optimizer.update([])
+
+    assert torch.equal(param, before)
+
+
 def test_planned_step_is_seen_by_a_mode(build, randn, step):
     ours, theirs = [randn(70, 60)], [randn(70, 60)]
     optimizer, other = build("AdamW8bit", ours), build("AdamW8bit", theirs)

@@ -214,7 +214,7 @@ class Optimizer(torch.optim.Optimizer):
         if plan and plan.renew(self.param_groups, overrides, self.state, resolved):
             self._run(plan.buckets, plan.gradients() if self.fused_clip is not None else [])
         else:
-            jobs = self._jobs(places or self.places(), overrides, resolved, given)
+            jobs = self._jobs(self.places() if places is None else places, overrides, resolved, given)
             if not jobs:
                 return
             buckets = self._buckets(jobs)
