@@ -48,7 +48,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("budget", [BUDGET, paging.BUDGET])
+@pytest.mark.parametrize("budget", [BUDGET, paging.PASSING])
 @pytest.mark.parametrize(("name", "plain"), PAIRS)
 def test_paged_steps_give_the_bits_of_unpaged_ones(name, plain, budget, dtype):
     ours, theirs = parameters(dtype), parameters(dtype)
@@ -125,6 +125,18 @@ def test_device_memory_stays_under_the_budget():
     assert torch.cuda.max_memory_allocated() - before <= 12 * 2**20 + 2**20  # and a table of what is updated
 
 
+def test_states_that_the_budget_has_room_for_stay_on_the_device():
+    ours, theirs = parameters(), parameters()
+    paged, reference = optim.PagedAdamW8bit(ours), optim.AdamW8bit(theirs)
+
+    for seed in range(2):
+        step(paged, ours, seed)
+        step(reference, theirs, seed)
+
+    assert all(state["state1"].is_cuda for state in paged.state.values())
+    assert_equal(paged, reference)
+
+
 def resident():
     """Bytes of this process in memory."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
@@ -156,7 +168,7 @@ def test_state_dict_loads_into_paged_and_unpaged_optimizers():
     saved, models = copy.deepcopy(first.state_dict()), []
     for name in ("PagedAdamW8bit", "AdamW8bit"):
         params = [torch.nn.Parameter(param.detach().clone()) for param in ours]
-        models.append((getattr(optim, name)(params), params))
+        models.append((getattr(optim, name)(params, paged_budget=BUDGET), params))
         models[-1][0].load_state_dict(saved)
 
     step(first, ours, 1)

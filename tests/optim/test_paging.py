@@ -21,6 +21,7 @@ NAMES = [
     *("PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit", "PagedLion", "PagedLion8bit", "PagedLion32bit"),
 ]
 LEAST = paging.LEAST
+HOST = paging.PASSING  # no state stays on the device
 
 
 class LateLanes:
@@ -81,7 +82,7 @@ def equal(ours, theirs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("budget", [LEAST, 3 * 300_000, paging.BUDGET])  # all cut, some, none
+@pytest.mark.parametrize("budget", [LEAST, 3 * 300_000, HOST])  # all cut, some, none
 def test_paged_steps_give_the_bits_of_unpaged_ones(build, step, paged_here, name, budget):
     ours, theirs = parameters(), parameters()
     paged, plain = build(name, ours, paged_budget=budget), build(name.removeprefix("Paged"), theirs)
@@ -178,7 +179,7 @@ def test_states_that_lie_side_by_side_are_one_copy(build, step, paged_here, monk
     original = paging._copy
     monkeypatch.setattr(paging, "_copy", lambda pairs: copied.append(len(pairs)) or original(pairs))
     params = parameters(sizes=[100_000 + 10 * i for i in range(20)])
-    optimizer = build("PagedAdamW8bit", params)
+    optimizer = build("PagedAdamW8bit", params, paged_budget=HOST)
 
     step(optimizer, params)
 
@@ -187,17 +188,50 @@ def test_states_that_lie_side_by_side_are_one_copy(build, step, paged_here, monk
 
 def test_only_large_states_are_paged(build, step, paged_here):
     params = parameters(sizes=(99_999, 100_000))
-    optimizer = build("PagedAdamW8bit", params)
+    optimizer = build("PagedAdamW8bit", params, paged_budget=HOST)
 
     step(optimizer, params)
 
     assert [optimizer._pager.holds(optimizer.state[param], param.device) for param in params] == [False, True]
 
 
+def test_first_states_stay_on_the_device_as_far_as_the_budget_goes(build, step, paged_here):
+    ours, theirs = (parameters(sizes=(100_000, 200_000, 100_000, 100_000)) for _ in "ab")
+    size = 2 * (100_000 + 4 * 391)
+    paged = build("PagedAdamW8bit", ours, paged_budget=HOST + 2 * size)
+    plain = build("AdamW8bit", theirs)
+
+    for seed in range(2):
+        step(paged, ours, seed)
+        step(plain, theirs, seed)
+
+    def held(optimizer, params):
+        return [optimizer._pager.holds(optimizer.state[param], param.device) for param in params]
+
+    assert held(paged, ours) == [False, True, False, True]
+    assert equal(paged, plain)
+    other = copy.deepcopy(paged)
+    other.load_state_dict(paged.state_dict())
+    assert held(other, other.param_groups[0]["params"]) == [False, True, False, True]
+
+
+def test_paged_optimizer_whose_states_all_stay_keeps_a_plan(build, step, paged_here):
+    ours, theirs = parameters(), parameters()
+    paged, plain = build("PagedAdamW8bit", ours), build("AdamW8bit", theirs)
+
+    for seed in range(3):
+        step(paged, ours, seed)
+        step(plain, theirs, seed)
+
+    assert LateLanes.pinned == 0
+    assert paged._plan is not None
+    assert equal(paged, plain)
+
+
 def test_memory_is_unpinned_with_the_last_state(build, step, paged_here):
     params = parameters()
     for _ in range(10):
-        optimizer = build("PagedAdamW8bit", params)
+        optimizer = build("PagedAdamW8bit", params, paged_budget=HOST)
         step(optimizer, params)
     state = optimizer.state[params[0]]["state1"]
     del optimizer
@@ -261,7 +295,9 @@ def test_copy_of_a_paged_optimizer_is_paged_anew(build, step, paged_here, throug
 @pytest.mark.parametrize("now", [True, False])
 def test_state_dict_moves_between_paged_and_unpaged(build, step, paged_here, tmp_path, saved, loaded, now):
     ours, theirs = parameters(), parameters()
-    first, second = build(f"{saved}AdamW8bit", ours), build(f"{loaded}AdamW8bit", theirs)
+    first, second = (
+        build(f"{name}AdamW8bit", params, paged_budget=HOST) for name, params in ((saved, ours), (loaded, theirs))
+    )
     step(first, ours)
     for param, one in zip(theirs, ours, strict=True):
         param.data.copy_(one)
@@ -279,7 +315,7 @@ def test_saved_state_is_no_larger_than_an_unpaged_one(build, step, paged_here, t
     sizes = {}
     for name in ("PagedAdamW8bit", "AdamW8bit"):
         (param,) = parameters(sizes=(300_000,))
-        optimizer = build(name, [param])
+        optimizer = build(name, [param], paged_budget=HOST)
         step(optimizer, [param])
         torch.save(optimizer.state_dict(), tmp_path / "state.pt")
         sizes[name] = (tmp_path / "state.pt").stat().st_size
@@ -289,7 +325,7 @@ def test_saved_state_is_no_larger_than_an_unpaged_one(build, step, paged_here, t
 
 def test_loading_gives_back_the_memory_of_the_states_before(build, step, paged_here):
     params = parameters()
-    optimizer = build("PagedAdamW8bit", params)
+    optimizer = build("PagedAdamW8bit", params, paged_budget=HOST)
     step(optimizer, params)
     pinned = LateLanes.pinned
 
@@ -358,7 +394,7 @@ def test_managed_memory_stays_below_what_the_device_has_free(build, paged_here, 
 
 def test_trust_factor_of_a_paged_parameter_is_refused(build, paged_here):
     (param,) = parameters(sizes=(100_000,))
-    optimizer = build("PagedAdamW8bit", [param])
+    optimizer = build("PagedAdamW8bit", [param], paged_budget=HOST)
     optim.GlobalOptimManager.get_instance().override_config(param, "max_unorm", 1.0)
     param.grad = torch.ones_like(param)
     before = param.detach().clone()

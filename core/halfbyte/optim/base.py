@@ -26,7 +26,7 @@ from .lanes import LANES
 from .manager import GlobalOptimManager, Overrides
 from .options import Config, parse_betas, resolve
 from .plan import Plan
-from .state import PAGED_FROM, State, create, fits, refit, share_codebooks
+from .state import PAGED_FROM, State, create, fits, refit, share_codebooks, size_of
 
 # A compiled function calls what is marked so as it is: a step is a few opaque op calls, with nothing to fuse.
 _eager = torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable would import the compiler
@@ -52,10 +52,12 @@ class Optimizer(torch.optim.Optimizer):
     optim_bits           8 or 32, of the states
     min_8bit_size        a parameter of fewer elements has 32-bit states all the same
     max_unorm            bound on norm(update) / norm(parameter); 0 for none
-    is_paged             keep states of 100,000 elements and more in pinned memory of the host, and update them in
-                         pieces that pass through the device.  A step then waits until they are back.  Of parameters
-                         on the CPU states stay where they are, with a warning.
-    paged_budget         bytes that the buffers of all pieces may take on a device, of which 128 MiB are used at most
+    is_paged             keep states of 100,000 elements and more in pinned memory of the host, beyond what
+                         paged_budget has room for, and update them in pieces that pass through the device.  A step
+                         then waits until they are back.  Of parameters on the CPU states stay where they are, with a
+                         warning.
+    paged_budget         bytes that paged states may take on each device: 128 MiB at most for pieces on their way, the
+                         rest for the first states, which stay there
     paged_memory         "pinned"; or "managed": memory that the driver moves between host and device, as bitsandbytes
                          has it, never more of it than the device has free
     fused_clip           bound on the norm of all gradients of a step together, as torch.nn.utils.clip_grad_norm_
@@ -220,7 +222,8 @@ class Optimizer(torch.optim.Optimizer):
             buckets = self._buckets(jobs)
             self._run(buckets, [(job.key, job.grad) for job in jobs])
             plan = None
-            if places is None and given is None and not self.is_paged and Plan.serves(overrides, buckets):
+            managed = self.is_paged and not self._pager.staged  # to be prefetched at each step
+            if places is None and given is None and not managed and Plan.serves(overrides, buckets):
                 plan = Plan(self.param_groups, overrides, buckets)
         if plan:
             plan.release()
@@ -305,7 +308,7 @@ class Optimizer(torch.optim.Optimizer):
         buckets: dict[Any, Bucket] = {}
         for job, state in zip(jobs, states, strict=True):
             tables = id(state.get("qmap1")), id(state.get("qmap2"))
-            paged = self._pages(job.param) and self._pager.staged
+            paged = self.is_paged and self._pager.staged and self._pager.holds(state, job.param.device)
             dtypes = job.param.dtype, state["state1"].dtype
             kind = (job.param.device, *dtypes, *tables, steps.identity(state["step"]), paged)
             bucket = buckets.get((job.config, kind))
@@ -319,18 +322,21 @@ class Optimizer(torch.optim.Optimizer):
     def _state(self, job: Job, zeros: steps.Zeros) -> State:
         rule, param, config = RULES[self.rule], job.param, job.config
         state: State = self.state[job.key]
+        quantized = config.optim_bits == 8 and job.key.numel() >= config.min_8bit_size
+        if state:
+            quantized = state["state1"].dtype is torch.uint8
+        home, paged = self._home(self._pager, job.key, param, quantized)
         if not state:
-            quantized = config.optim_bits == 8 and job.key.numel() >= config.min_8bit_size
-            created = create(rule, param, config.max_unorm > 0, quantized, self._home(param))
+            created = create(rule, param, config.max_unorm > 0, quantized, home)
             state.update(step=zeros.on(param.device), **created)
-        elif not fits(state, rule, param, self._home(param)):
-            refit(state, rule, param, self._home(param))
-        if self._pages(param) and not self._pager.holds(state, param.device):
+        elif not fits(state, rule, param, home):
+            refit(state, rule, param, home)
+        if paged and not self._pager.holds(state, param.device):
             self._pager.adopt(state, param.device)
         return state
 
     def _pages(self, param: Tensor) -> bool:
-        """Whether the states of a parameter are paged."""
+        """Whether the states of a parameter are paged, as far as they have no room on the device."""
         if not self.is_paged or (param.numel() < PAGED_FROM and param.device.type != "cpu"):
             return False
         if param.device.type in LANES:
@@ -341,9 +347,11 @@ class Optimizer(torch.optim.Optimizer):
             self._told_of_paging = True
         return False
 
-    def _home(self, param: Tensor) -> torch.device:
-        """Where the states of a parameter live."""
-        return torch.device("cpu") if self._pages(param) and self._pager.staged else param.device
+    def _home(self, pager: paging.Pager, key: Tensor, param: Tensor, quantized: bool) -> tuple[torch.device, bool]:
+        """Where the states of a parameter live, and whether the pager has them."""
+        size = size_of(RULES[self.rule], param.numel(), quantized)
+        paged = self._pages(param) and not pager.stays(key, param.device, size)
+        return torch.device("cpu") if paged and pager.staged else param.device, paged
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -384,8 +392,9 @@ class Optimizer(torch.optim.Optimizer):
             shard = memory.local(param)
             read = checkpoint.read_state(where, entry, RULES[self.rule], shard)
             if move_to_device and read:
-                refit(read, RULES[self.rule], shard, self._home(shard))
-                if self._pages(shard):
+                home, paged = self._home(pager, param, shard, read["state1"].dtype is torch.uint8)
+                refit(read, RULES[self.rule], shard, home)
+                if paged:
                     pager.adopt(read, shard.device)
             if read:
                 read["step"] = steps.converted(read["step"], self.capturable, param.device)

@@ -22,7 +22,7 @@ class Options(TypedDict, total=False):
     fused_clip           bound on the norm of all gradients of a step together; they are scaled while they are read
     stochastic_rounding  round bfloat16 parameters up or down at random, so that small updates count on average
     capturable           keep the step as a tensor on the parameter's device, for CUDA graphs
-    paged_budget         bytes that paged states may take on a device, in passing
+    paged_budget         bytes that paged states may take on a device, in passing and for good
     paged_memory         where they live: "pinned" or "managed"
     """
 

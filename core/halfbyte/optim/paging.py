@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops import rules
 from . import slabs
@@ -21,7 +22,8 @@ from .lanes import LANES, Lane, Lanes
 from .managed import Managed
 from .state import BLOCKSIZE, PARTS, State
 
-BUDGET = 128 * 2**20  # bytes on each device
+BUDGET = 512 * 2**20  # bytes on each device
+PASSING = 128 * 2**20  # of which buffers take no more
 LEAST = 64 * 2**10
 BUFFERS = 3
 MEMORIES = ("pinned", "managed")
@@ -31,14 +33,26 @@ class Pager:
     """The paged states of one optimizer: where they live, and the buffers that they pass through.
 
     memory  one of MEMORIES: on the host, passing through buffers; or managed memory, which the driver moves
-    budget  bytes of all buffers of one device
+    budget  bytes on each device, of the buffers and, where that leaves any, of states that stay there
     """
 
     def __init__(self, memory: str, budget: int) -> None:
         self.staged = memory == "pinned"
-        self.size = min(budget, BUDGET) // BUFFERS // slabs.ALIGNMENT * slabs.ALIGNMENT
+        self.size = min(budget, PASSING) // BUFFERS // slabs.ALIGNMENT * slabs.ALIGNMENT
+        self._room = max(0, budget - PASSING) if self.staged else 0
+        self._staying = WeakTensorKeyDictionary()  # parameters
+        self._taken: dict[torch.device, int] = {}  # bytes of their states
         self._slabs: dict[torch.device, slabs.Slabs] = {}
         self._stages: dict[torch.device, _Stage] = {}
+
+    def stays(self, param: Tensor, device: torch.device, size: int) -> bool:
+        """Whether the states of a parameter, of so many bytes, are to stay on its device: the first that have room."""
+        if param not in self._staying:
+            taken = self._taken.get(device, 0) + size
+            if taken > self._room:
+                return False
+            self._staying[param], self._taken[device] = True, taken
+        return True
 
     def holds(self, state: State, device: torch.device) -> bool:
         """Whether a state lives here, for parameters on a device."""

@@ -36,6 +36,11 @@ def blocks(n: int, blocksize: int = BLOCKSIZE) -> int:
     return -(-n // blocksize)
 
 
+def size_of(rule: Rule, n: int, quantized: bool) -> int:
+    """Bytes of the states of a parameter of n elements."""
+    return sum(rule.states) * (n + 4 * blocks(n) if quantized else 4 * n)
+
+
 def create(rule: Rule, param: Tensor, trust: bool, quantized: bool, device: torch.device) -> State:
     """Zero states on a device, for a parameter that was never stepped; codes of 0, absmax of 0 decode to 0."""
     state: State = {}
