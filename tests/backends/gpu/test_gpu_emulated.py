@@ -229,7 +229,7 @@ def test_int8_layer_of_many_rows_may_use_torchs_product(lanes, threshold, dtype,
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_dequantizing_for_torchs_product_goes_by_slabs(lanes, nested, bias, generator, monkeypatch):
-    monkeypatch.setattr(linear4bit, "SLAB", 256 * 4 * 48)  # of 48 rows, then 32
+    monkeypatch.setattr(native_gpu, "SLAB", 256 * 4 * 48)  # of 48 rows, then 32
     packed, how = weight(80, 256, 64, generator, nested=nested)
     x = normal((2, 5, 256), torch.float32, generator)
     b = normal((80,), torch.float32, generator) if bias else None
