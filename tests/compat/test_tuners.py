@@ -1,4 +1,4 @@
-"""DoRA, AdaLoRA and LoftQ of the unmodified peft on the drop-in, step by step beside the real bitsandbytes."""
+"""Tuners of the unmodified peft other than LoRA on the drop-in, step by step beside the real bitsandbytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,18 @@ for needed in ("transformers", "accelerate", "peft"):  # looked for, not importe
 
 pytestmark = pytest.mark.timeout(1200)
 
-JOBS = ["dora/nf4", "dora/int8", "adalora/nf4", "adalora/int8", "loftq/nf4", "loftq/int8", "replaced/nf4"]
-FAIL_THERE = ("dora/int8",)  # bitsandbytes loses the scales of the weight on a CPU
+# After training, none has more of its first loss than this.
+LEARNS = {"dora": 0.5, "loftq": 0.5, "replaced": 0.5, "adalora": 0.95, "randlora": 0.999, "pvera": 0.999}
+JOBS = [
+    *("dora/nf4", "dora/int8", "adalora/nf4", "adalora/int8", "loftq/nf4", "loftq/int8", "replaced/nf4"),
+    *("randlora/nf4", "randlora/int8", "pvera/nf4", "pvera/int8"),
+]
+# bitsandbytes loses the scales of an int8 weight on a CPU, and takes floats that peft merged for packed codes.
+FAIL_THERE = {
+    "dora/int8": "AttributeError: 'NoneType' object has no attribute 'unsqueeze'",
+    "randlora/nf4": "RuntimeError: shape",
+    "pvera/nf4": "RuntimeError: shape",
+}
 
 
 def answers(out: Path) -> dict[str, Any]:
@@ -46,12 +56,12 @@ def test_tuner_learns_and_merges(ours, job):
     found = ours[job]
 
     assert found["served"]
-    assert found["loss"][-1] < (0.95 if job.startswith("adalora") else 0.5) * found["loss"][0]
+    assert found["loss"][-1] < LEARNS[job.partition("/")[0]] * found["loss"][0]
     assert found["base changed"] == []
     assert found["error"] < 1.1 * found["quantization error"]
     if job.startswith("adalora"):
         assert "merge error" not in found
-    else:
+    elif not job.startswith("randlora"):  # of which peft merges something else than it computes, in bitsandbytes, too
         assert 0 < found["merge error"] <= 1.2 * found["quantization error"]
 
 
@@ -62,7 +72,7 @@ def test_tuner_follows_bitsandbytes(ours, theirs, job):
     assert not expected["served"]
     kind = job.partition("/")[2]
     # In training, bitsandbytes multiplies floats on a CPU, where halfbyte quantizes activations, as both do on GPUs.
-    bound = 0.04 if job == "loftq/int8" else 0.02
+    bound = 0.04 if job in ("loftq/int8", "randlora/int8") else 0.02
     assert max(abs(one - other) for one, other in zip(found["loss"], expected["loss"])) <= bound
     assert found["error"] == pytest.approx(expected["error"], rel=0.001 if kind == "nf4" else 0.02)
     if "merge error" in expected:
@@ -71,5 +81,5 @@ def test_tuner_follows_bitsandbytes(ours, theirs, job):
 
 @pytest.mark.parametrize("job", FAIL_THERE)
 def test_job_that_fails_in_bitsandbytes_still_does(real_bitsandbytes, launch, base, tmp_path, job):
-    with pytest.raises(AssertionError, match="AttributeError: 'NoneType' object has no attribute 'unsqueeze'"):
+    with pytest.raises(AssertionError, match=FAIL_THERE[job]):
         launch("bitsandbytes", "tuners.py", base, tmp_path, job)()

@@ -13,12 +13,21 @@ from pathlib import Path
 
 import bitsandbytes
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PveraConfig,
+    RandLoraConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from peft.utils import loftq_utils
 from qlora import PROJECTIONS, load, logits, progressions, relative
 from transformers import LlamaForCausalLM, set_seed
 
 STEPS = 8
+OTHERS = {"randlora": RandLoraConfig, "pvera": PveraConfig}  # on square layers: peft merges randlora into no others
 
 
 def adapted(folder, out, tuner, kind):
@@ -38,6 +47,8 @@ def adapted(folder, out, tuner, kind):
     if tuner == "adalora":
         schedule = {"init_r": 12, "target_r": 4, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": STEPS}
         return get_peft_model(model, AdaLoraConfig(**schedule, **options))
+    if tuner in OTHERS:
+        return get_peft_model(model, OTHERS[tuner](r=8, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
     model = get_peft_model(model, LoraConfig(r=8, use_dora=tuner == "dora", **options))
     if tuner == "replaced":  # LoftQ's adapters for a model that is quantized already
         loftq_utils.replace_lora_weights_loftq(model, str(folder / "base/model.safetensors"))
