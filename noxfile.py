@@ -48,6 +48,8 @@ def tests(session: nox.Session) -> None:
 def full(session: nox.Session) -> None:
     """Run the tests that are too long for every day: all combinations of fine-tuning beside bitsandbytes."""
     install(session, "test")
+    if "HALFBYTE_BNB_TESTS" in os.environ:
+        session.install("lion-pytorch")
     session.run("pytest", "-m", "full", *(session.posargs or ["tests"]))
 
 
