@@ -128,7 +128,8 @@ def decode(kind, batch):
     forget_peak()
     times = [timed(lambda: run(steps)) / steps for _ in range(3)]
     profile(lambda: run(1))
-    return {"ms": statistics.median(times), "peak GB": peak()}
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]  # where inductor made no CUDA graph after all
+    return {"ms": statistics.median(times), "peak GB": peak(), "graphs skipped": skipped or None}
 
 
 def load(kind):
