@@ -46,7 +46,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def full(session: nox.Session) -> None:
-    """Run the tests that are too long for every day: all combinations of fine-tuning beside bitsandbytes."""
+    """Run the tests that are too long for every day: all of fine-tuning beside bitsandbytes, and its own tests."""
     install(session, "test")
     if "HALFBYTE_BNB_TESTS" in os.environ:
         session.install("lion-pytorch")

@@ -16,7 +16,8 @@ from .stored import Stored4bit, StoredInt8, check_options_4bit
 class Embedding4bit(Stored4bit, nn.Embedding):
     """nn.Embedding with a 4-bit table, quantized when first moved to a device (the CPU counts).
 
-    Only the rows looked up are dequantized where a row is a whole number of blocks; otherwise the whole table is.
+    Only the rows looked up are dequantized where a row is a whole number of blocks; otherwise the whole table is, which
+    is slow.
 
     Raises InputError for a quant_type or a quant_storage that there is not.
     """
