@@ -171,7 +171,7 @@ def best(bucket: Bucket, compiled: Sequence[tuple[Config, Future[bool]]], until:
             install(bucket, candidate)
             timed.append((time_us(work, repeats=5), json.dumps(candidate)))
         except TimeoutError:
-            break
+            continue
         except Exception as error:
             print(f"{bucket.operation} {bucket.name} {candidate}: {type(error).__name__}: {error}", flush=True)
     timed.sort()
