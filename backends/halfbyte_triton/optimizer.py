@@ -85,7 +85,7 @@ def _update(
             trust,
             like,
             coefficients,
-            step,
+            step if isinstance(step_, Tensor) else like,
             grad_scale if scale_on_device else like,
             *books,
             *tables,

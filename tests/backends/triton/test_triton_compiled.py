@@ -145,3 +145,14 @@ def test_product_compiles_to_matrix_instructions(name, arch):
 def test_kernel_compiles(name, arch):
     for one in code(arch, OTHERS[name]):
         assert one.get("cubin") or one.get("hsaco")
+
+
+def test_step_of_the_host_is_no_pointer_of_a_kernel():
+    """Triton refuses a pointer to memory of the host."""
+    function, *args = update("adam", True, trust=0.1)
+    step = args[-12]
+    assert torch.equal(step, torch.tensor(7))
+
+    found = compiled.launches("sm_90", function, *args)
+    assert len(found) == 3
+    assert not any(one is step for launch in found for one in launch.args)
