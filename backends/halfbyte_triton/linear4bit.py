@@ -240,8 +240,8 @@ def _aligned(packed: Tensor) -> Tensor:
 
 
 def bucket(m: int, dtype: torch.dtype) -> str:
-    """Rows of x, up to the next power of two from 16 on."""
-    rows = min(max(power_of_2(m), 16), 1024)
+    """Rows of x: up to 4, then up to the next power of two from 16 on."""
+    rows = 4 if m <= 4 and dtype is not torch.float32 else min(max(power_of_2(m), 16), 1024)
     return f"float32/{rows}" if dtype is torch.float32 else str(rows)
 
 

@@ -87,12 +87,13 @@ def candidates(bucket: Bucket) -> list[Config]:
 
 def linear_candidates(rows: int) -> list[Config]:
     """{} is to dequantize and to leave the product to torch."""
-    same = {"BM": [min(rows, 256)], "CHUNK": [64]}
+    same = {"BM": [min(max(rows, 16), 256)], "CHUNK": [64]}
     if rows <= 32:
         few = {**same, "SUM": [1], "ORDERED": [0]}
         return [
             *products(**few, BN=[64], CHUNKS=[1, 2], PROGRAMS=[4, 6], num_warps=[4], num_stages=[3, 5]),
-            *products(**few, BN=[128], CHUNKS=[1, 2], PROGRAMS=[2, 4], num_warps=[4, 8], num_stages=[3, 5]),
+            *products(**few, BN=[128], CHUNKS=[1, 2], PROGRAMS=[2, 3, 4], num_warps=[4], num_stages=[3, 5, 7]),
+            *products(**few, BN=[128], CHUNKS=[1], PROGRAMS=[2, 4], num_warps=[8], num_stages=[3, 5]),
         ]
     if rows <= 128:
         some = {**same, "CHUNKS": [1], "SUM": [0, 1], "PROGRAMS": [1, 2]}
@@ -121,7 +122,7 @@ def buckets(operations: Sequence[str]) -> list[Bucket]:
         Bucket(operation, str(name))
         for operation in order
         if operation in operations
-        for name in (ROWS if operation in PRODUCTS else (2, 4))
+        for name in ((4, *ROWS) if operation == "linear_4bit" else ROWS if operation in PRODUCTS else (2, 4))
     ]
 
 
@@ -129,7 +130,8 @@ def calls(bucket: Bucket, small: bool) -> list[Call]:
     """What is timed; with `small`, which compiles to the same code, what takes little memory."""
     operation, number = bucket.operation, int(bucket.name)
     if operation == "linear_4bit":
-        return linear_calls(number, SIDE, SIDE, copies=int(small)) * (1 if small else 4)
+        rows = 1 if number == 4 else number  # what decoding a token has
+        return linear_calls(rows, SIDE, SIDE, copies=int(small)) * (1 if small else 4)
     if operation in PRODUCTS:
         mode = "w8a16" if operation == "linear_w8a16" else "exact"
         return int8_calls(number, SIDE, SIDE, mode, copies=int(small)) * (1 if small else 4)
