@@ -25,8 +25,9 @@ TORCH = "torch==2.13.0"
 def install(session: nox.Session, *extras: str, **defines: str) -> None:
     """torch first, on its own line, then halfbyte with its CPU module and what `defines` adds."""
     session.install(TORCH)
-    options = {"HALFBYTE_CUDA": "OFF", "HALFBYTE_HIP": "OFF", **defines}
-    session.install(f".[{','.join(extras)}]", *(f"-Ccmake.define.{name}={value}" for name, value in options.items()))
+    options = {"HALFBYTE_CUDA": "OFF", "HALFBYTE_HIP": "OFF", "HALFBYTE_SYCL": "OFF", **defines}
+    project = f".[{','.join(extras)}]" if extras else "."
+    session.install(project, *(f"-Ccmake.define.{name}={value}" for name, value in options.items()))
 
 
 @nox.session

@@ -127,13 +127,14 @@ namespace {
 void compile(const Kernel& kernel, Built& built) {
   using namespace ::sycl::ext::oneapi::experimental;
   // Products and sums are each rounded, as in the reference; no header of this machine is read.
-  const std::vector<std::string> options = {"-DHALFBYTE_SYCL",
-                                            "-DHALFBYTE_LANES=" + std::to_string(built.options.lanes),
-                                            built.options.optimized ? "-O3" : "-O0",
-                                            "-ffp-contract=off",
-                                            "-foffload-fp32-prec-div",
-                                            "-foffload-fp32-prec-sqrt",
-                                            "-nostdlibinc"};
+  std::vector<std::string> options = {
+      "-DHALFBYTE_SYCL",          "-DHALFBYTE_LANES=" + std::to_string(built.options.lanes),
+      "-ffp-contract=off",        "-foffload-fp32-prec-div",
+      "-foffload-fp32-prec-sqrt", "-nostdlibinc"};
+  if (!built.options.optimized) options.push_back("-O0");
+#if __LIBSYCL_MAJOR_VERSION < 9
+  options.push_back("-fno-sycl-device-lib=all");  // PyPI's 2025.3 lacks these libraries; no kernel needs one
+#endif
   try {
     auto source = create_kernel_bundle_from_source(built.device->context, source_language::sycl,
                                                    text_of(kernel.source) + kernel.assertions);
