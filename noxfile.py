@@ -1,5 +1,5 @@
-"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, cuda, hip, triton, sycl, docs, bench,
-build, tables.
+"""The documented commands: nox -s demo, tests, full, lint, types, sanitize, cuda, hip, triton, sycl, ipex, docs,
+bench, build, tables.
 """
 
 from __future__ import annotations
@@ -177,6 +177,15 @@ def sycl(session: nox.Session) -> None:
     runtime = Path(session.virtualenv.location).absolute() / "lib" / "libintelocl.so"
     variables = {"OCL_ICD_FILENAMES": str(runtime), "OCL_ICD_VENDORS": "/nonexistent"}
     session.run("pytest", "-n", "2", *(session.posargs or ["tests/backends/xpu"]), env=variables)
+
+
+@nox.session
+def ipex(session: nox.Session) -> None:
+    """Test the adapter of intel-extension-for-pytorch on its CPU build, with the torch that it needs (several GB)."""
+    session.install("torch==2.8.0", "intel-extension-for-pytorch==2.8.0")
+    off = (f"-Ccmake.define.HALFBYTE_{name}=OFF" for name in ("CUDA", "HIP", "SYCL"))
+    session.install(".", "pytest>=8", "pytest-timeout", "hypothesis>=6.100", *off)
+    session.run("pytest", *(session.posargs or ["tests/backends/xpu/test_xpu_ipex.py"]))
 
 
 @nox.session

@@ -53,9 +53,10 @@ class XpuBackend(Backend):
         return ()
 
     def kernels(self) -> Iterable[Kernel]:
-        from . import kernels
+        from . import ipex, kernels
 
         yield from kernels.all_kernels(int(os.environ.get(LANES) or 0))
+        yield Kernel("linear_4bit", ipex.linear_4bit, ipex.LIMITS, rule=ipex.why_not, priority=-10, variant="ipex")
 
 
 def _module() -> Path | None:
