@@ -98,13 +98,32 @@ def dequantize_int8(
 ) -> None: ...
 def matmul_int8(a: int, b: int, m: int, n: int, k: int, out: int, device: int, stream: int, /) -> None: ...
 def list_columns(flags: int, k: int, list: int, size: int, device: int, stream: int, /) -> None: ...
+def int8_workspace(m: int, k: int, /) -> int:
+    """Bytes that linear_int8_exact works in."""
+
 def linear_int8_exact(
     x: int,
     dtype: int,
-    q: int,
-    absmax: int,
+    threshold: float,
+    workspace: int,
+    weight: int,
+    weight_absmax: int,
+    bias: int,
+    m: int,
+    n: int,
+    k: int,
+    y: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def scale_int8(
+    x: int,
+    dtype: int,
+    row_absmax: int,
     list: int,
     size: int,
+    sums: int,
     weight: int,
     weight_absmax: int,
     bias: int,

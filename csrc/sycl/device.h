@@ -36,8 +36,8 @@ SYCL_EXTERNAL __attribute__((convergent)) T __spirv_GroupNonUniformShuffleXor(in
 
 namespace halfbyte::xpu {
 
-constexpr int kWorkgroup = 2, kSubgroup = 3;  // scopes
-constexpr int kOrdered = 0x10 | 0x100;        // sequentially consistent, local memory
+constexpr int kWorkgroup = 2, kSubgroup = 3;    // scopes
+constexpr int kOrdered = 0x10 | 0x100 | 0x200;  // sequentially consistent; local memory and global
 
 struct Index {
   unsigned x, y;
