@@ -71,14 +71,17 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int Values, bool Nested>
 const char* launch(const Weight4& weight, const Part& part, T* out, void* stream) {
-  const int64_t chunks = part.rows * part.columns / Values;
-  const unsigned grid = grid_for(ceil_div(chunks, kThreads * kBatch), 8);
+  const int64_t tiles = ceil_div(part.rows * part.columns / Values, kThreads * kBatch);
   const int shift = log2_of(weight.blocksize);
   const Levels levels = levels_of(weight.format);
   if (part.rows == 1 || part.columns == part.k) {
+    const unsigned grid =
+        grid_for(tiles, resident(dequantize_4bit_kernel<T, Values, Nested, true>, kThreads));
     HALFBYTE_LAUNCH((dequantize_4bit_kernel<T, Values, Nested, true>), grid, kThreads, 0, stream, weight,
                     levels, shift, part, out);
   } else {
+    const unsigned grid =
+        grid_for(tiles, resident(dequantize_4bit_kernel<T, Values, Nested, false>, kThreads));
     HALFBYTE_LAUNCH((dequantize_4bit_kernel<T, Values, Nested, false>), grid, kThreads, 0, stream, weight,
                     levels, shift, part, out);
   }

@@ -74,7 +74,8 @@ const char* dequantize_8bit(const uint8_t* codes, const float* absmax, const flo
     const bool fast = blocksize >= kValues && int64_t{1} << shift == blocksize;
     const int64_t chunks = fast ? count / kValues : 0;
     if (chunks > 0) {
-      const unsigned grid = grid_for(ceil_div(chunks, kThreads * kBatch), 7);
+      const int each = resident(dequantize_8bit_kernel<T>, kThreads);
+      const unsigned grid = grid_for(ceil_div(chunks, kThreads * kBatch), each);
       HALFBYTE_LAUNCH((dequantize_8bit_kernel<T>), grid, kThreads, 0, stream, codes, absmax, codebook, shift,
                       to, chunks);
       if (const char* error = launched()) return error;

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int Vectors>
 void quantize_rows(const T* x, int64_t rows, int64_t k, float threshold, int8_t* q, float* absmax,
                    uint8_t* flags, void* stream) {
-  HALFBYTE_LAUNCH((quantize_rows_kernel<T, Vectors>), grid_for(rows, 16), kThreads, 0, stream, x, rows, k,
+  HALFBYTE_LAUNCH((quantize_rows_kernel<T, Vectors>), grid_for(rows, 1024), kThreads, 0, stream, x, rows, k,
                   threshold, q, absmax, flags);
 }
 

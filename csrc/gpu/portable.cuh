@@ -49,6 +49,7 @@
 #define gpuDeviceGetAttribute hipDeviceGetAttribute
 #define gpuMultiprocessors hipDeviceAttributeMultiprocessorCount
 #define gpuLanes hipDeviceAttributeWarpSize
+#define gpuOccupancy hipOccupancyMaxActiveBlocksPerMultiprocessor
 #define HALFBYTE_LAUNCH(kernel, grid, block, smem, stream, ...) \
   HALFBYTE_UNPAREN kernel<<<grid, block, smem, static_cast<gpuStream_t>(stream)>>>(__VA_ARGS__)
 #define HALFBYTE_SHFL_XOR(value, mask) __shfl_xor(value, mask)
@@ -75,6 +76,7 @@
 #define gpuDeviceGetAttribute cudaDeviceGetAttribute
 #define gpuMultiprocessors cudaDevAttrMultiProcessorCount
 #define gpuLanes cudaDevAttrWarpSize
+#define gpuOccupancy cudaOccupancyMaxActiveBlocksPerMultiprocessor
 #define HALFBYTE_LAUNCH(kernel, grid, block, smem, stream, ...) \
   HALFBYTE_UNPAREN kernel<<<grid, block, smem, static_cast<gpuStream_t>(stream)>>>(__VA_ARGS__)
 #define HALFBYTE_SHFL_XOR(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
@@ -108,6 +110,20 @@ inline int multiprocessors() {
 inline unsigned grid_for(int64_t tiles, int each) {
   const int64_t most = static_cast<int64_t>(multiprocessors()) * each;
   return static_cast<unsigned>(tiles < most ? tiles : most);
+}
+
+// How many blocks of a kernel a multiprocessor has room for.  One that loops should have no more: they would begin when
+// the others have ended.
+template <class Kernel>
+int resident(Kernel* kernel, int threads) {
+#if defined(HALFBYTE_EMULATE) || defined(HALFBYTE_SYCL)
+  static_cast<void>(kernel);
+  return 2048 / threads;
+#else
+  int blocks = 0;
+  if (gpuOccupancy(&blocks, kernel, threads, 0) != gpuSuccess || blocks < 1) return gpuGetLastError(), 1;
+  return blocks;
+#endif
 }
 
 // Lanes that a shuffle reaches, on every GPU: 32.  With SYCL the size of sub-groups, for which kernels are compiled

@@ -124,11 +124,13 @@ const char* launch(const T* x, int64_t count, const Encoding& encoding, int64_t 
   const int shift = log2_of(blocksize);
   const bool wide = blocksize > group_lanes() * kChunk<T>;
   const int threads = wide ? 512 : 256;
-  const unsigned grid = grid_for(ceil_div(count, int64_t{threads} * kChunk<T>), wide ? 4 : 8);
+  const int64_t tiles = ceil_div(count, int64_t{threads} * kChunk<T>);
   if (wide) {
+    const unsigned grid = grid_for(tiles, resident(quantize_4bit_kernel<T, Sign, true>, 512));
     HALFBYTE_LAUNCH((quantize_4bit_kernel<T, Sign, true>), grid, 512, 0, stream, x, count, encoding, shift,
                     packed, absmax);
   } else {
+    const unsigned grid = grid_for(tiles, resident(quantize_4bit_kernel<T, Sign, false>, 256));
     HALFBYTE_LAUNCH((quantize_4bit_kernel<T, Sign, false>), grid, 256, 0, stream, x, count, encoding, shift,
                     packed, absmax);
   }

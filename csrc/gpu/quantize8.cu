@@ -176,11 +176,13 @@ const char* launch(const T* x, int64_t count, const float* codebook, int64_t blo
   }
   const bool wide = blocksize > group_lanes() * kChunk<T>;
   const int threads = wide ? 512 : 256;
-  const unsigned grid = grid_for(ceil_div(count, int64_t{threads} * kChunk<T>), wide ? 4 : 8);
+  const int64_t tiles = ceil_div(count, int64_t{threads} * kChunk<T>);
   if (wide) {
+    const unsigned grid = grid_for(tiles, resident(quantize_8bit_kernel<T, true>, 512));
     HALFBYTE_LAUNCH((quantize_8bit_kernel<T, true>), grid, 512, 0, stream, x, count, codebook, shift, codes,
                     absmax);
   } else {
+    const unsigned grid = grid_for(tiles, resident(quantize_8bit_kernel<T, false>, 256));
     HALFBYTE_LAUNCH((quantize_8bit_kernel<T, false>), grid, 256, 0, stream, x, count, codebook, shift, codes,
                     absmax);
   }
