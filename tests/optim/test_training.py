@@ -29,8 +29,6 @@ def test_8bit_run_of_the_plot_ends_within_one_percent_of_32bit(script, capsys):
 
 
 def test_plot_is_a_small_picture_of_both_runs(script, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib draws the plot and is not installed")
-
     script.plot({name: ([3.0, 2.5, 2.0] * 100, 2.0) for name in script.NAMES}, tmp_path / "plot.svg")
 
     drawn = (tmp_path / "plot.svg").read_text()
