@@ -64,7 +64,7 @@ def cases() -> list[Case]:
         found += [_blockwise(op, bits, dtype) for bits in (4, 8) for op in ("quantize", "dequantize")]
     found += [_int8(4096, 4096, m) for m in (1, 16, 64)] + [_int8(8192, 8192, m) for m in (1, 64, 4096)]
     found += [_step(name) for name in ("AdamW8bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit", "AdamW32bit")]
-    return [*found, _many_tensors(), _host()]
+    return [*found, _model(), _many_tensors(), _host()]
 
 
 # -- cases -----------------------------------------------------------------------------------------------------
@@ -146,6 +146,20 @@ def _step(name: str) -> Case:
         return _optimizer(library, name, [param])
 
     return Case(f"{name}, 2^30 bf16 parameters", "stream", int(PARAMETERS * (6 + STATES[name])), prepare)
+
+
+def _model() -> Case:
+    """The tensors of a Llama-3.2-1B."""
+    layer = [2048 * 2048] * 2 + [512 * 2048] * 2 + [8192 * 2048] * 3 + [2048] * 2
+    sizes = [128_256 * 2048, *layer * 16, 2048]
+
+    def prepare(library: str) -> list[Call]:
+        params = [nn.Parameter(torch.randn(n, device="cuda", dtype=BF16) * 0.02) for n in sizes]
+        for param in params:
+            param.grad = torch.randn_like(param) * 0.01
+        return _optimizer(library, "AdamW8bit", params)
+
+    return Case("AdamW8bit, 146 tensors of 1.24e9 bf16 parameters", "stream", int(sum(sizes) * 10.0625), prepare)
 
 
 def _many_tensors() -> Case:
