@@ -121,8 +121,9 @@ int resident(Kernel* kernel, int threads) {
   return 2048 / threads;
 #else
   int blocks = 0;
-  if (gpuOccupancy(&blocks, kernel, threads, 0) != gpuSuccess || blocks < 1) return gpuGetLastError(), 1;
-  return blocks;
+  if (gpuOccupancy(&blocks, kernel, threads, 0) == gpuSuccess && blocks > 0) return blocks;
+  static_cast<void>(gpuGetLastError());  // a launch would tell it as its own
+  return 1;
 #endif
 }
 
