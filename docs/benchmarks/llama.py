@@ -1,8 +1,8 @@
 """Whole models: what training, decoding and loading a Llama of random weights take in bf16, bitsandbytes and halfbyte.
 
     python llama.py                                         every case, with the shape of Llama 3.1 8B
-    python llama.py --cases "train, nf4" --folder /tmp/llama
-    python llama.py --cases example --folder /tmp/llama     the scripts of docs/examples, on halfbyte alone
+    python llama.py --cases "train, nf4" --folder llama
+    python llama.py --cases example --folder llama          the scripts of docs/examples, on halfbyte alone
 
 Needs transformers, accelerate, peft and, as a peer, bitsandbytes.  Each library runs each case in a process of its own,
 llama_worker.py.  A folder that is named keeps the model for the next call.  The exit code is 1 where a process fails or

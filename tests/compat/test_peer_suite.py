@@ -29,7 +29,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     if not checkout:
         pytest.skip("HALFBYTE_BNB_TESTS names no checkout of bitsandbytes")
     if importlib.util.find_spec("lion_pytorch") is None:
-        pytest.skip("lion-pytorch is not installed")
+        pytest.fail("lion-pytorch is not installed")
     folder = tmp_path_factory.mktemp("peer_suite")
     (folder / "pytest.ini").write_text("[pytest]\n")  # instead of their options, which write into the checkout
     options = ["-c", folder / "pytest.ini", "--rootdir", checkout, "--junitxml", folder / "all.xml", "-m", THEIRS]

@@ -220,3 +220,16 @@ def test_step_that_fails_leaves_no_plan(build, randn, step):
         step(optimizer, params, 1)
 
     assert optimizer._plan is None
+
+
+def test_stochastic_rounding_is_read_at_each_step(build, randn, step):
+    ours, theirs = ([randn(70, 60, dtype=torch.bfloat16)] for _ in range(2))
+    late, never = build("AdamW8bit", ours), build("AdamW8bit", theirs)
+    for seed in range(2):
+        step(late, ours, seed)
+        step(never, theirs, seed)
+    late.stochastic_rounding = True
+    step(late, ours, 2)
+    step(never, theirs, 2)
+
+    assert not torch.equal(ours[0], theirs[0])

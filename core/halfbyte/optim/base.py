@@ -210,10 +210,11 @@ class Optimizer(torch.optim.Optimizer):
         """
         overrides = GlobalOptimManager.get_instance().overrides()
         resolved = self._resolver()
+        modes = self.stochastic_rounding, self.capturable, self.is_paged
         plan = None
         if places is None and given is None:
             plan, self._plan = self._plan, None  # a step that fails leaves none
-        if plan and plan.renew(self.param_groups, overrides, self.state, resolved):
+        if plan and plan.renew(self.param_groups, overrides, modes, self.state, resolved):
             self._run(plan.buckets, plan.gradients() if self.fused_clip is not None else [])
         else:
             jobs = self._jobs(self.places() if places is None else places, overrides, resolved, given)
@@ -224,7 +225,7 @@ class Optimizer(torch.optim.Optimizer):
             plan = None
             managed = self.is_paged and not self._pager.staged  # to be prefetched at each step
             if places is None and given is None and not managed and Plan.serves(overrides, buckets):
-                plan = Plan(self.param_groups, overrides, buckets)
+                plan = Plan(self.param_groups, overrides, modes, buckets)
         if plan:
             plan.release()
             self._plan = plan

@@ -20,8 +20,16 @@ class Plan:
     its time on looking whether anything else has changed.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], overrides: Overrides, buckets: list[Bucket]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        overrides: Overrides,
+        modes: tuple[bool, ...],
+        buckets: list[Bucket],
+    ) -> None:
+        """modes  what the optimizer is told to do, apart from groups and overrides."""
         self.buckets = buckets
+        self._modes = modes
         self._params = _listed(groups)
         self._ids = [*map(id, self._params)]
         stepping = {id(key) for bucket in buckets for key in bucket.keys}
@@ -37,6 +45,7 @@ class Plan:
         self,
         groups: Sequence[Mapping[str, Any]],
         overrides: Overrides,
+        modes: tuple[bool, ...],
         states: Mapping[Tensor, State],
         resolved: Callable[[Source], Config],
     ) -> bool:
@@ -44,6 +53,7 @@ class Plan:
         return (
             not overrides.by_place
             and overrides.by_id == self._overrides
+            and modes == self._modes
             and [*map(id, _listed(groups))] == self._ids
             and all(param.grad is None for param in self._idle)
             and all(bucket.renew(states, resolved) for bucket in self.buckets)
