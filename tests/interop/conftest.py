@@ -4,22 +4,26 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 
 class Oracle:
-    """`oracle.quantize_4bit(x, "nf4", 64)`: the answer of bitsandbytes."""
+    """`oracle.quantize_4bit(x, "nf4", 64)`: the answer of bitsandbytes.
 
-    def __init__(self):
+    hidden  environment variables that keep it from the GPUs
+    """
+
+    def __init__(self, hidden):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HALFBYTE_", "BNB_"))}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("bnb_oracle.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**clean, "CUDA_VISIBLE_DEVICES": ""},
+            env={**clean, **hidden},
         )
 
     def __getattr__(self, name):
@@ -36,11 +40,20 @@ class Oracle:
 
         return ask
 
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(timeout=30)
+
 
 @pytest.fixture(scope="session")
 def oracle(real_bitsandbytes):
-    oracle = Oracle()
-    yield oracle
-    oracle.process.stdin.close()
-    oracle.process.stdout.close()
-    oracle.process.wait(timeout=30)
+    with closing(Oracle({"CUDA_VISIBLE_DEVICES": ""})) as oracle:
+        yield oracle
+
+
+@pytest.fixture(scope="session")
+def gpu_oracle(real_bitsandbytes):
+    """The oracle with the GPUs of this machine."""
+    with closing(Oracle({})) as oracle:
+        yield oracle
