@@ -8,24 +8,25 @@ from halfbyte import functional as F
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA or ROCm device")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROWS, COLUMNS = 300, 4096
 
 
-def randn(dtype, seed):
-    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed)).cuda().to(dtype)
+def weights(dtype, seed):
+    """Enough of them that one in 10,000 is many: they come in clumps, as a block shares its reciprocal."""
+    return (torch.randn(4096, 4096, generator=torch.Generator().manual_seed(seed)) * 0.02).cuda().to(dtype)
 
 
-def few_differ_by_one(ours, theirs):
+def assert_few_differ_by_one(ours, theirs):
     """bitsandbytes scales by an approximate reciprocal, which moves what lies on a threshold."""
     away = (ours.int() - theirs.int()).abs()
-    return away.max() <= 1 and away.count_nonzero() <= 1e-4 * away.numel()
+    assert away.max() <= 1
+    assert away.count_nonzero().item() <= 1e-4 * away.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", [64, 256, 4096])
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_4bit_codes_and_scales_are_those_of_bitsandbytes(gpu_oracle, format, blocksize, dtype):
-    x = randn(dtype, blocksize)
+    x = weights(dtype, blocksize)
     packed, state = F.quantize_4bit(x, format=format, blocksize=blocksize)
     theirs, their_state = gpu_oracle.quantize_4bit(x, format, blocksize)
 
@@ -35,15 +36,15 @@ def test_4bit_codes_and_scales_are_those_of_bitsandbytes(gpu_oracle, format, blo
     else:
         ours, theirs = (torch.stack((one >> 4, one & 15)) for one in (packed.reshape(-1), theirs.reshape(-1)))
         order = formats.levels(format, x.device).argsort().argsort()  # the codes of fp4 are not in order
-        assert few_differ_by_one(order[ours.long()], order[theirs.long()])
+        assert_few_differ_by_one(order[ours.long()], order[theirs.long()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", [64, 256, 4096])
 def test_8bit_codes_and_scales_are_those_of_bitsandbytes(gpu_oracle, blocksize, dtype):
-    x = randn(dtype, blocksize)
+    x = weights(dtype, blocksize)
     codes, state = F.quantize_8bit(x, blocksize=blocksize)
     theirs, absmax = gpu_oracle.quantize_blockwise(x, formats.codebook("dynamic", x.device), blocksize)
 
     assert torch.equal(state.absmax, absmax)
-    assert few_differ_by_one(codes, theirs)
+    assert_few_differ_by_one(codes, theirs)
