@@ -151,7 +151,31 @@ struct NoCodes {
   HALFBYTE_DEVICE void fill(const float*) {}
 };
 
-template <bool kSecond>
+// The levels of two codebooks once for each of 32 lanes, so that every lane has a bank of its own and one byte
+// permutation makes an address: entry `code` for lane l at byte 256 code + 4 l, that of the second 128 bytes further.
+struct Spread {
+#if defined(HALFBYTE_PLAIN)
+  static HALFBYTE_DEVICE void fill(const float*, const float*) {}
+  static HALFBYTE_DEVICE float decode(uint32_t, int, bool) { return 0.0f; }
+#else
+  static constexpr int kBytes = 256 * 256;
+
+  static HALFBYTE_DEVICE void fill(const float* codebook1, const float* codebook2) {
+    extern __shared__ __align__(256) char halfbyte_spread[];
+    for (unsigned i = threadIdx.x; i < kBytes / 4; i += blockDim.x) {
+      reinterpret_cast<float*>(halfbyte_spread)[i] = (i & 32u ? codebook2 : codebook1)[i >> 6];
+    }
+  }
+  static HALFBYTE_DEVICE float decode(uint32_t word, int place, bool of_second) {
+    extern __shared__ __align__(256) char halfbyte_spread[];
+    const uint32_t at = __byte_perm(word, threadIdx.x % 32 * 4, 0x5504u | static_cast<uint32_t>(place) << 4);
+    return *reinterpret_cast<const float*>(halfbyte_spread + (of_second ? 128 : 0) + at);
+  }
+#endif
+};
+
+// kSpread: levels are looked up in Spread, in dynamic shared memory.
+template <bool kSecond, bool kSpread = false>
 struct Books {
   Codes8<true> first;
   std::conditional_t<kSecond, Codes8<false>, NoCodes> second;
@@ -160,7 +184,17 @@ struct Books {
   HALFBYTE_DEVICE void fill(const float* codebook1, const float* codebook2) {
     first.fill(codebook1);
     second.fill(codebook2);
+    if constexpr (kSpread) Spread::fill(codebook1, kSecond ? codebook2 : codebook1);
     __syncthreads();
+  }
+
+  // The level of byte `place` of a word of codes.
+  HALFBYTE_DEVICE float level(uint32_t word, int place, bool of_second) const {
+    if constexpr (kSpread) {
+      return Spread::decode(word, place, of_second);
+    } else {
+      return of_second ? second.decode(word, place) : first.decode(word, place);
+    }
   }
 };
 

@@ -210,7 +210,7 @@ struct Spot {
   int64_t block;  // its number in the tensor
   bool whole;     // whether it is full and lies as wide accesses want it
 
-  // This thread's group's block of a chunk.
+  // This thread's group's block of a chunk; of several teams, each has a chunk of its own.
   HALFBYTE_DEVICE Spot(const Update& update, uint32_t chunk, int32_t number) {
     Words<16> words[sizeof(UpdateTensor) / 16];
     HALFBYTE_UNROLL
@@ -218,7 +218,7 @@ struct Spot {
       words[i] = load<16>(reinterpret_cast<const uint4*>(update.tensor + number) + i);
     }
     memcpy(&t, words, sizeof(t));
-    block = (chunk - t.first) * kGroups + threadIdx.x / kGroup;
+    block = (chunk - t.first) * kGroups + threadIdx.x / kGroup % kGroups;
     whole = t.whole != 0 && (block + 1) * kUpdateBlock <= t.count;
   }
 
@@ -337,7 +337,7 @@ struct Piece {
     for (int i = 0; i < kEach; ++i) {
       if constexpr (k8) {
         const uint32_t word = state[j][i / L::run].w[i % L::run / 4];
-        const float level = j >= firsts ? books.second.decode(word, i % 4) : books.first.decode(word, i % 4);
+        const float level = books.level(word, i % 4, j >= firsts);
         to[i] = level * scale[j];
       } else {
         to[i] = as_float(state[j][i / 4].w[i % 4]);

@@ -127,6 +127,23 @@ int resident(Kernel* kernel, int threads) {
 #endif
 }
 
+#if !defined(HALFBYTE_PLAIN)
+// Whether a kernel may have `bytes` of dynamic shared memory on the current device, beside what it declares.
+template <class Kernel>
+bool allowed(Kernel* kernel, int bytes) {
+  cudaFuncAttributes has;
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && cudaFuncGetAttributes(&has, kernel) == cudaSuccess &&
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+      static_cast<int>(has.sharedSizeBytes) + bytes <= most &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess) {
+    return true;
+  }
+  static_cast<void>(cudaGetLastError());  // a launch would tell it as its own
+  return false;
+}
+#endif
+
 // Lanes that a shuffle reaches, on every GPU: 32.  With SYCL the size of sub-groups, for which kernels are compiled
 // when they are first run; launchers ask for it, kGroup is a kernel's.
 #if defined(HALFBYTE_SYCL)

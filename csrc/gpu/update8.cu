@@ -1,11 +1,13 @@
 // update8.cu: one step of an optimizer with 8-bit states over all tensors of a plan, in place.
 //
 // In, out   parameters and gradients fp32, fp16 or bf16; states uint8 codes, one absmax per 256 elements.
-// Work      a persistent grid strides over the chunks of all tensors alike.  A group of 32 lanes has a block, eight
-//           elements per lane, and reads its next one meanwhile; the largest magnitude goes through one reduction
-//           per state, without a barrier.  The tables of the codebooks are made once per thread block.
+// Work      a persistent grid strides over the chunks of all tensors alike, one thread block to a multiprocessor, whose
+//           teams of eight groups have a chunk each.  A group of 32 lanes has a block, eight elements per lane, and
+//           reads its next one meanwhile; the largest magnitude goes through one reduction per state, without a
+//           barrier.  The tables of the codebooks are made once per thread block.
 // Bound by  memory: 10.06 bytes per bf16 parameter of Adam.  Its 71 instructions keep the schedulers of an H200 busy
-//           for 70 % of the time, and look-ups of 32 lanes in tables of 32 banks take three cycles.
+//           for 70 % of the time, and look-ups of 32 lanes in tables of 32 banks take three cycles; with a third state
+//           they would take longer than memory, so levels are spread over all banks there.
 // Agrees    codes bit for bit with the reference: state / absmax is rounded correctly.  See optimizer.cuh.
 #include "optimizer.cuh"
 
@@ -77,10 +79,9 @@ struct Values {
 
 // kRare: whether zeros are skipped, parameters rounded stochastically or steps sized per tensor.  A load more would
 // wait with those of the next block, as they share a scoreboard.
-template <Optimizer kRule, class T, bool kRare>
-HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c,
-                          const Books<(Kept<kRule>::second > 0)>& books, const Spot& spot, float size,
-                          Values<kRule, kRare>& v, bool searched) {
+template <Optimizer kRule, class T, bool kRare, class Books>
+HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c, const Books& books, const Spot& spot,
+                          float size, Values<kRule, kRare>& v, bool searched) {
   constexpr int states = Kept<kRule>::all;
   using Piece = Piece<kRule, T, true>;
   float u[kEach];
@@ -158,24 +159,33 @@ HALFBYTE_DEVICE void step(const Update& update, const Coefficients& c,
   piece.write(spot);
 }
 
-// Thread blocks of a multiprocessor, as many as registers allow.
+// Teams of a multiprocessor, as many as registers allow, and of a thread block.
 template <Optimizer kRule>
-constexpr int kBlocks = 5 - Kept<kRule>::all;
+constexpr int kTeams = 5 - Kept<kRule>::all;
+#if defined(HALFBYTE_SYCL)  // some devices have groups of at most 512
+template <Optimizer kRule>
+constexpr int kOfBlock = 1;
+#else
+template <Optimizer kRule>
+constexpr int kOfBlock = kTeams<kRule>;
+#endif
 
-template <Optimizer kRule, class T, bool kRare>
-__global__ void __launch_bounds__(kUpdateThreads, kBlocks<kRule>) update_8bit_kernel(const Update update) {
-  __shared__ Books<(Kept<kRule>::second > 0)> books;
+template <Optimizer kRule, class T, bool kRare, bool kSpread>
+__global__ void __launch_bounds__(kUpdateThreads* kOfBlock<kRule>, kTeams<kRule> / kOfBlock<kRule>)
+    update_8bit_kernel(const Update update) {
+  __shared__ Books<(Kept<kRule>::second > 0), kSpread> books;
   books.fill(update.codebook1, update.codebook2);
   const bool searched = books.first.searched != 0 || books.second.searched != 0;
   const Coefficients c = coefficients_of(update);
-  const uint32_t stride = gridDim.x, last = static_cast<uint32_t>(update.chunks) - 1u;
+  const uint32_t team = blockIdx.x + threadIdx.x / kUpdateThreads * gridDim.x;
+  const uint32_t stride = gridDim.x * kOfBlock<kRule>, last = static_cast<uint32_t>(update.chunks) - 1u;
   const auto bounded = [=](uint32_t chunk) { return chunk < last ? chunk : last; };
   // Two ahead: the number of a tensor; one ahead: its elements.  Where they lie is read again for writing.
-  int32_t number = update.chunk[blockIdx.x], after = update.chunk[bounded(blockIdx.x + stride)];
+  int32_t number = update.chunk[bounded(team)], after = update.chunk[bounded(team + stride)];
   Piece<kRule, T, true> piece;
-  piece.read(Spot(update, blockIdx.x, number));
+  piece.read(Spot(update, bounded(team), number));
   HALFBYTE_ROLL
-  for (uint32_t chunk = blockIdx.x; chunk <= last; chunk += stride) {
+  for (uint32_t chunk = team; chunk <= last; chunk += stride) {
     Values<kRule, kRare> values(piece, books, c.scale);
     piece.read(Spot(update, bounded(chunk + stride), after));
     const Spot spot(update, chunk, number);
@@ -187,15 +197,27 @@ __global__ void __launch_bounds__(kUpdateThreads, kBlocks<kRule>) update_8bit_ke
   }
 }
 
-template <Optimizer kRule, class T>
-const char* launch(const Update& update, void* stream) {
-  const unsigned grid = grid_for(update.chunks, kBlocks<kRule>);
-  if (update.skip_zeros || update.stochastic || update.sizes != nullptr) {
-    HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, true>), grid, update_threads(), 0, stream, update);
-  } else {
-    HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, false>), grid, update_threads(), 0, stream, update);
-  }
+template <Optimizer kRule, class T, bool kRare, bool kSpread = false>
+const char* launch(const Update& update, int shared, void* stream) {
+  const unsigned grid = grid_for(update.chunks, kTeams<kRule> / kOfBlock<kRule>);
+  HALFBYTE_LAUNCH((update_8bit_kernel<kRule, T, kRare, kSpread>), grid, update_threads() * kOfBlock<kRule>,
+                  shared, stream, update);
   return launched();
+}
+
+template <Optimizer kRule, class T>
+const char* launch_for(const Update& update, void* stream) {
+  if (update.skip_zeros || update.stochastic || update.sizes != nullptr) {
+    return launch<kRule, T, true>(update, 0, stream);
+  }
+#if !defined(HALFBYTE_PLAIN)
+  if constexpr (Kept<kRule>::all > 2) {
+    if (allowed(update_8bit_kernel<kRule, T, false, true>, Spread::kBytes)) {
+      return launch<kRule, T, false, true>(update, Spread::kBytes, stream);
+    }
+  }
+#endif
+  return launch<kRule, T, false>(update, 0, stream);
 }
 
 }  // namespace
@@ -203,7 +225,7 @@ const char* launch(const Update& update, void* stream) {
 const char* update_8bit(const Update& update, void* stream) {
   return with_rule(update.optimizer, [&](auto rule) {
     return with_dtype(update.dtype,
-                      [&](auto type) { return launch<rule.value, decltype(type)>(update, stream); });
+                      [&](auto type) { return launch_for<rule.value, decltype(type)>(update, stream); });
   });
 }
 
