@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from halfbyte import native_gpu
-from halfbyte.native import DTYPES, FORMATS, address
+from halfbyte.native import DTYPES, address
+from halfbyte.weights import Way
 
 # A kernel and its parameters: ("stream", tiles, depth), ("tile", columns, groups, turns, log_splits) as in
 # csrc/include/halfbyte/gemm.h, or ("dequantize",): the weight in slabs, then torch's matmul.
@@ -32,16 +33,40 @@ def linear_4bit(
     out_features: int,
 ) -> Tensor:
     """As the op.  Sizes that no tensor-core kernel takes go to the portable one."""
-    k = x.shape[-1]
-    m = x.numel() // k if k else 0
-    if not takes(m, out_features, k, blocksize):
-        return native_gpu.linear_4bit(
-            c, x, packed, absmax, nested_absmax, nested_codebook, offset, bias, format, blocksize, out_features
-        )
-    choice = choose(m, out_features, k)
-    return run(
-        c, choice, x, packed, absmax, nested_absmax, nested_codebook, offset, bias, format, blocksize, out_features
-    )
+    tensors = aligned(packed, absmax, nested_absmax, nested_codebook, offset)
+    constant = *tensors, format, blocksize, out_features
+    return bind_linear_4bit(c, *constant)(x, bias, tensors)
+
+
+def bind_linear_4bit(
+    c: Any,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    out_features: int,
+) -> Way:
+    constant = (packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
+    weight = native_gpu.Weight4(*constant)
+    portable = native_gpu.bind_linear_4bit(c, *constant, out_features)
+    n = out_features
+
+    def product(x: Tensor, bias: Tensor | None, tensors: Any) -> Tensor:
+        k = x.shape[-1]
+        m = x.numel() // k if k else 0
+        if not takes(m, n, k, blocksize):
+            return portable(x, bias, tensors)
+        return launch(c, choose(m, n, k), x, weight, bias, n)
+
+    return product
+
+
+def aligned(packed: Tensor, absmax: Tensor, *nested: Tensor | None) -> tuple[Any, ...]:
+    """The tensors themselves, or copies that are contiguous and, where kernels want it, aligned."""
+    return native_gpu.dense(packed), native_gpu.dense(absmax), *native_gpu.contiguous(*nested)
 
 
 def takes(m: int, n: int, k: int, blocksize: int) -> bool:
@@ -64,37 +89,28 @@ def run(
     out_features: int,
 ) -> Tensor:
     """linear_4bit with one kernel of those that take the size."""
-    k = x.shape[-1]
+    constant = *aligned(packed, absmax, nested_absmax, nested_codebook, offset), format, blocksize
+    return launch(c, choice, x, native_gpu.Weight4(*constant), bias, out_features)  # constant is alive until the launch
+
+
+def launch(
+    c: Any, choice: Choice, x: Tensor, weight: native_gpu.Weight4, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """The same over a weight of aligned tensors."""
     if choice[0] == "dequantize":
-        weight = native_gpu.Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
-
-        def slab(first: int, end: int) -> Tensor:
-            part = x.new_empty(end - first, k)
-            weight.dequantize(c, part, k=k, row=first, rows=end - first, columns=k)
-            return part
-
-        y = x.new_empty((*x.shape[:-1], out_features))
-        return native_gpu.by_slabs(x.reshape(-1, k), slab, bias, y, most=native_gpu.SLAB)
-    dense = native_gpu.dense
-    x, packed, absmax = dense(x), dense(packed), dense(absmax)
+        return native_gpu.linear_dequantized(c, x, weight, bias, out_features)
+    x = native_gpu.dense(x)
     if bias is not None:
         bias = bias.contiguous()
-    if nested_absmax is not None and nested_codebook is not None:
-        nested_absmax, nested_codebook = nested_absmax.contiguous(), nested_codebook.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
+    *rows, k = x.shape
+    y = x.new_empty(*rows, out_features)
     call = c.linear_4bit_stream if choice[0] == "stream" else c.linear_4bit_tile
     call(
         x.data_ptr(),
         DTYPES[x.dtype],
-        packed.data_ptr(),
-        absmax.data_ptr(),
-        address(nested_absmax),
-        address(nested_codebook),
-        address(offset),
-        FORMATS[format],
-        blocksize,
+        *weight.fields,
         address(bias),
-        x.numel() // k,
+        math.prod(rows),
         out_features,
         k,
         y.data_ptr(),

@@ -61,6 +61,7 @@ class CudaBackend(Backend):
                 cc=((9, 0), (9, 0)),
                 priority=10,
                 variant="sm_90a",
+                bind=functools.partial(linear4bit.bind_linear_4bit, _C),
             )
 
 

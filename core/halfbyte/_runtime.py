@@ -25,7 +25,8 @@ def start() -> Dispatcher:
     dispatcher = Dispatcher(plugins, config)
     for name, op in plugins.ops.items():
         calling.planned[name] = dispatcher.caller(op)
-        calling.differentiated[name] = register(op, calling.planned[name])
+        calling.bound[name] = dispatcher.binder(op)
+        register(op, calling.planned[name])
     problems = config.errors + configuration.unknown_ops(config, plugins.ops)
     problems += configuration.unknown_plugins(config, installed)
     if problems:

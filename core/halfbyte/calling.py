@@ -13,8 +13,10 @@ from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+AsBytes = torch._C.DisableTorchFunctionSubclass  # Params4bit intercepts torch functions; inside it is only bytes
+
 planned: dict[str, Callable[..., Any]] = {}
-differentiated: dict[str, Callable[..., Any]] = {}  # the same with a gradient
+bound: dict[str, Callable[..., Any]] = {}  # the same over a weight that serves many calls: see Dispatcher.binder
 
 
 def unobserved(x: Tensor) -> bool:
@@ -31,24 +33,13 @@ def unobserved(x: Tensor) -> bool:
 
 def direct(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a call on x may skip autograd, too."""
-    return unobserved(x) and not _wants_gradient(x, bias)
+    return unobserved(x) and not wants_gradient(x, bias)
 
 
-def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def op(name: str, observed: Callable[..., Any], x: Tensor, bias: Tensor | None = None) -> Callable[..., Any]:
-    """What runs an op on x.
-
-    observed   torch's op
-    x, bias    the tensors that may want a gradient
-    """
-    if not unobserved(x):
-        return observed
-    return differentiated[name] if _wants_gradient(x, bias) else planned[name]
-
-
-def call(name: str, observed: Callable[..., Any], x: Tensor, *rest: Any, bias: Tensor | None = None) -> Any:
-    """Run an op on x and the rest of its arguments."""
-    return op(name, observed, x, bias)(x, *rest)
+def call(name: str, observed: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    """Run an op on x and the rest of its arguments: the planned kernel, or torch's op where something observes."""
+    return planned[name](x, *rest) if direct(x) else observed(x, *rest)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pluggy
+from torch import Tensor
 
-from . import probe
+from . import probe, weights
 from .backend import Backend
 from .config import AUTO, Chain, Config, parse_chain
 from .decision import Decision, Reasons
@@ -43,6 +44,7 @@ class Dispatcher:
         self._kernels: dict[str, dict[str, list[Kernel]]] = {}
         self._unloadable: dict[str, Reasons] = {}
         self._plans: dict[str, dict[Any, Callable[..., Any]]] = {}
+        self._binds: dict[Callable[..., Any], Callable[..., Any]] = {}  # of planned kernels that have one
         self._refused: dict[tuple[Callable[..., Any], Any], Reasons] = {}
         self._warned: set[tuple[str, str]] = set()
         if hasattr(os, "register_at_fork"):
@@ -75,6 +77,37 @@ class Dispatcher:
 
         return call
 
+    def binder(self, op: Op) -> Callable[..., Any]:
+        """The function that does the same over a weight that serves many calls: it checks and chooses once.
+
+        It takes x, the bias (None for an op without one), the weight's owner, its tensors as known() wants them, and
+        the op's other arguments.  Of x it looks at device, dtype and last dimension; who calls it checks the bias.
+        """
+        first, plan, takes_bias = self.caller(op), self._plans[op.name], "Tensor? bias" in op.schema
+        name, override, known = op.name, _override.get, weights.known
+
+        def call(
+            x: Tensor, bias: Tensor | None, owner: Tensor, tensors: tuple[Any, ...], plain: tuple[Any, ...]
+        ) -> Any:
+            weight = known(owner, *tensors)
+            chain = override() or self.process_chain
+            situation = (name, chain, x.device, x.dtype, x.shape[-1:], plain)
+            way = None if weight is None else weight.ways.get(situation)
+            if way is not None:
+                try:
+                    return way(x, bias, tensors)
+                except KernelUnusable:
+                    pass  # caller's way refuses the kernel and finds another
+            args = (x, *tensors, bias, *plain) if takes_bias else (x, *tensors, *plain)
+            result = first(*args)
+            function = plan.get((chain, op.facts(*args)))
+            if weight is not None and function is not None:
+                bind = self._binds.get(function) if weight.dense else None
+                weight.ways[situation] = bind(*tensors, *plain) if bind else _unbound(function, plain, takes_bias)
+            return result
+
+        return call
+
     def _refuse(self, op: Op, facts: Any, function: Callable[..., Any], error: KernelUnusable) -> None:
         """Keep a reason that only a kernel's first call could find, and drop the plans that it overturns."""
         plan = self._plans[op.name]
@@ -83,6 +116,7 @@ class Dispatcher:
             self._refused[function, facts] = (str(error),)
             for key in [key for key, planned in plan.items() if planned is function and key[1] == facts]:
                 del plan[key]
+            weights.forget()
         if first:
             log.warning("a kernel for %s is not used for %s: %s", op.name, facts, error)
 
@@ -95,6 +129,8 @@ class Dispatcher:
             if (chain, facts) in plan:
                 return plan[chain, facts]  # type: ignore[no-any-return]
             plan[chain, facts] = decision.kernel.function
+            if decision.kernel.bind is not None:
+                self._binds[decision.kernel.function] = decision.kernel.bind
         log.debug("%s", decision)
         for impl in self.plugins.manager.hook.halfbyte_resolved.get_hookimpls():
             try:
@@ -299,6 +335,15 @@ class Dispatcher:
             self._unloadable.clear()
             self._refused.clear()
             self._warned.clear()
+            self._binds.clear()
+            weights.forget()
+
+
+def _unbound(function: Callable[..., Any], plain: tuple[Any, ...], takes_bias: bool) -> Callable[..., Any]:
+    """What Kernel.bind would give, of a kernel without it."""
+    if takes_bias:
+        return lambda x, bias, tensors: function(x, *tensors, bias, *plain)
+    return lambda x, bias, tensors: function(x, *tensors, *plain)
 
 
 def _ask(impl: pluggy.HookImpl, **given: Any) -> Any:
@@ -315,14 +360,19 @@ def answer(why_not: Callable[..., Reasons], *about: Any) -> Reasons:
         return (f"its {why_not.__name__} raised {type(error).__name__}: {error}",)
 
 
-@contextlib.contextmanager
-def entered(chain: Chain | None) -> Iterator[None]:
+class entered:  # not a generator with contextlib, which takes three times as long
     """Make a parsed chain hold here: also how autograd's own threads re-enter the forward's choice."""
-    token = _override.set(chain)
-    try:
-        yield
-    finally:
-        _override.reset(token)
+
+    __slots__ = ("_chain", "_token")
+
+    def __init__(self, chain: Chain | None) -> None:
+        self._chain = chain
+
+    def __enter__(self) -> None:
+        self._token = _override.set(self._chain)
+
+    def __exit__(self, *error: object) -> None:
+        _override.reset(self._token)
 
 
 def current_override() -> Chain | None:

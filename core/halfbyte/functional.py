@@ -7,12 +7,15 @@ from torch import Tensor
 
 from . import _runtime as _runtime  # fills the tables of calling
 from . import calling, formats
+from .calling import AsBytes as AsBytes
 from .calling import call
 from .errors import InputError
+from .gradients import Linear4bit, LinearInt8
 from .kernel import show
+from .ops import checks
 from .quant_state import QuantState
+from .weights import as_bytes as as_bytes
 
-AsBytes = torch._C.DisableTorchFunctionSubclass  # Params4bit intercepts torch functions; inside it is only bytes
 _NOT_NESTED = (None, None, None)
 _ops = torch.ops.halfbyte
 
@@ -92,25 +95,24 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     shape, format, blocksize = _described(state)
     if len(shape) != 2 or not x.ndim or x.shape[-1] != shape[1]:
         raise InputError(f"x (..., K) must fit a weight (N, K); got {tuple(x.shape)} and {tuple(shape)}")
-    nested = _NOT_NESTED if state.state2 is None else state.nested_tensors()
+    statistics = (state.absmax, *(_NOT_NESTED if state.state2 is None else state.nested_tensors()))
+    plain = (format, blocksize, shape[0])
     with AsBytes():
-        packed = as_bytes(packed)
-        op = calling.op("linear_4bit", _ops.linear_4bit.default, x, bias)
-        if op is not calling.planned["linear_4bit"]:
-            packed = packed.detach()  # modes and a gradient want plain tensors
-        y: Tensor = op(x, packed, state.absmax, *nested, bias, format, blocksize, shape[0])
-        return y
+        if not calling.unobserved(x):
+            observed = as_bytes(packed).detach()  # modes want plain tensors
+            y: Tensor = _ops.linear_4bit.default(x, observed, *statistics, bias, *plain)
+            return y
+        if bias is not None:
+            checks.bias_fits(bias, x, shape[0])
+        if calling.wants_gradient(x, bias):
+            return Linear4bit.run(x, bias, (packed, *statistics), plain)
+        return calling.bound["linear_4bit"](x, bias, packed, (as_bytes(packed), *statistics), plain)  # type: ignore[no-any-return]
 
 
 def _described(state: QuantState) -> tuple[torch.Size, str, int]:
     if state.shape is None or state.quant_type is None or state.blocksize is None:
         raise InputError(f"a 4-bit state needs shape, quant_type and blocksize; got {state!r}")
     return state.shape, state.quant_type, state.blocksize
-
-
-def as_bytes(packed: Tensor) -> Tensor:
-    """Packed codes as uint8, whatever dtype a checkpoint viewed them as."""
-    return packed if packed.dtype is torch.uint8 else packed.view(torch.uint8)
 
 
 def pairwise_mean(x: Tensor) -> Tensor:
@@ -218,7 +220,13 @@ def linear_int8(
 
     Source: Dettmers et al. 2022, LLM.int8(), section 3 (arXiv 2208.07339).
     """
-    args = (weight, absmax, bias, float(threshold), mode)
+    plain = (float(threshold), mode)
     with AsBytes():
-        y: Tensor = call("linear_int8", _ops.linear_int8.default, x, *args, bias=bias)
-        return y
+        if not calling.unobserved(x):
+            y: Tensor = _ops.linear_int8.default(x, weight, absmax, bias, *plain)
+            return y
+        if bias is not None and weight.ndim == 2:
+            checks.bias_fits(bias, x, weight.shape[0])
+        if calling.wants_gradient(x, bias):
+            return LinearInt8.run(x, bias, (weight, absmax), plain)
+        return calling.bound["linear_int8"](x, bias, weight, (weight, absmax), plain)  # type: ignore[no-any-return]

@@ -57,6 +57,9 @@ class Kernel:
     rule       a further test on the facts, answering with reasons against
     priority   among the kernels of one backend: the highest that applies is picked
     variant    tells kernels of one backend and op apart ("avx2")
+    bind       for an op over a weight: takes the op's arguments but the first and the bias, and gives what does the
+               same for (first, bias or None, tensors of the weight).  It may keep addresses of the tensors, which are
+               contiguous, the first two aligned to 16 bytes; never the tensors
     """
 
     op: str
@@ -67,6 +70,7 @@ class Kernel:
     rule: Callable[[Any], tuple[str, ...]] | None = None
     priority: int = 0
     variant: str = ""
+    bind: Callable[..., Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.function):

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .kernel import Kernel
 from .native import DTYPES, FORMATS, address
+from .weights import ALIGNMENT, Way
 
 Module: TypeAlias = Any  # a compiled _C
-
-ALIGNMENT = 16  # bytes: what the widest access of a kernel wants
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
@@ -74,13 +74,18 @@ def dequantize_4bit(
     out = packed.new_empty(shape, dtype=dtype)
     n = out.numel()
     if n:
-        weight = Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
-        weight.dequantize(c, out, k=n, columns=n)
+        constant = *contiguous(packed, absmax, nested_absmax, nested_codebook, offset), format, blocksize
+        Weight4(*constant).dequantize(c, out, k=n, columns=n)  # constant keeps copies alive until the launch
     return out
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors themselves, or copies that are contiguous."""
+    return tuple([one if one is None else one.contiguous() for one in tensors])
+
+
 class Weight4:
-    """The tensors of a packed 4-bit weight, contiguous and kept alive, and how native functions take them."""
+    """How native functions take a packed 4-bit weight of contiguous tensors, which the caller keeps alive."""
 
     def __init__(
         self,
@@ -92,10 +97,7 @@ class Weight4:
         format: str,
         blocksize: int,
     ) -> None:
-        if nested_absmax is not None and nested_codebook is not None:
-            nested_absmax, nested_codebook = nested_absmax.contiguous(), nested_codebook.contiguous()
-        tensors = (packed.contiguous(), absmax.contiguous(), nested_absmax, nested_codebook, offset)
-        self._kept_alive = tensors
+        tensors = (packed, absmax, nested_absmax, nested_codebook, offset)
         self.fields = (*map(address, tensors), FORMATS[format], blocksize)
 
     def dequantize(
@@ -118,18 +120,37 @@ def linear_4bit(
     blocksize: int,
     out_features: int,
 ) -> Tensor:
-    x = dense(x)
-    *rows, k = x.shape
-    m = math.prod(rows)
-    y = x.new_empty((*rows, out_features))
-    if not (m and out_features):
-        return y
-    if not k:
-        return only_bias(y, bias)
+    tensors = contiguous(packed, absmax, nested_absmax, nested_codebook, offset)
+    constant = *tensors, format, blocksize, out_features
+    return bind_linear_4bit(c, *constant)(x, bias, tensors)
+
+
+def bind_linear_4bit(
+    c: Module,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    out_features: int,
+) -> Way:
     weight = Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
-    if bias is not None:
-        bias = bias.contiguous()
-    if m <= c.few_rows:
+
+    def product(x: Tensor, bias: Tensor | None, tensors: Any) -> Tensor:
+        *rows, k = x.shape
+        m = math.prod(rows)
+        if not (m and out_features):
+            return x.new_empty(*rows, out_features)
+        if not k:
+            return only_bias(x.new_empty(*rows, out_features), bias)
+        if m > c.few_rows:
+            return linear_dequantized(c, x, weight, bias, out_features)
+        x = dense(x)
+        if bias is not None:
+            bias = bias.contiguous()
+        y = x.new_empty(*rows, out_features)
         c.linear_4bit(
             x.data_ptr(),
             DTYPES[x.dtype],
@@ -143,12 +164,19 @@ def linear_4bit(
         )
         return y
 
+    return product
+
+
+def linear_dequantized(c: Module, x: Tensor, weight: Weight4, bias: Tensor | None, out_features: int) -> Tensor:
+    """linear_4bit by torch's product."""
+    k = x.shape[-1]
+
     def slab(first: int, end: int) -> Tensor:
         part = x.new_empty(end - first, k)
         weight.dequantize(c, part, k=k, row=first, rows=end - first, columns=k)
         return part
 
-    return by_slabs(x.view(m, k), slab, bias, y)
+    return by_slabs(x, slab, bias, out_features)
 
 
 def linear_4bit_backward(
@@ -163,22 +191,44 @@ def linear_4bit_backward(
     blocksize: int,
     in_features: int,
 ) -> Tensor:
+    tensors = contiguous(packed, absmax, nested_absmax, nested_codebook, offset)
+    constant = *tensors, format, blocksize, in_features
+    return bind_linear_4bit_backward(c, *constant)(dy, None, tensors)
+
+
+def bind_linear_4bit_backward(
+    c: Module,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_codebook: Tensor | None,
+    offset: Tensor | None,
+    format: str,
+    blocksize: int,
+    in_features: int,
+) -> Way:
     """dy @ weight by slabs of the weight's columns: each column of dx is one sum, nothing is added up in dtype."""
-    dy = dense(dy)
-    *rows, n = dy.shape
-    m = math.prod(rows)
-    dx = dy.new_empty((*rows, in_features))
-    if not (m and in_features):
-        return dx
-    if not n:
-        return dx.zero_()
     weight = Weight4(packed, absmax, nested_absmax, nested_codebook, offset, format, blocksize)
-    dy, out = dy.view(m, n), dx.view(m, in_features)
-    for first, end in _slabs(in_features, n * dy.element_size(), multiple=64):
-        part = dy.new_empty(n, end - first)
-        weight.dequantize(c, part, k=in_features, rows=n, column=first, columns=end - first)
-        torch.mm(dy, part, out=out[:, first:end])
-    return dx
+
+    def product(dy: Tensor, bias: Tensor | None, tensors: Any) -> Tensor:
+        *rows, n = dy.shape
+        m = math.prod(rows)
+        if not (m and in_features and n):
+            return dy.new_zeros(*rows, in_features)
+        dx = dy.new_empty(*rows, in_features)
+        dy, out = dy.contiguous().view(m, n), dx.view(m, in_features)
+        size = _slab_size(in_features, n * dy.element_size(), multiple=64)
+        part, first = dy.new_empty(n, min(size, in_features)), 0
+        for columns in out.unsafe_split(size, 1):
+            count = columns.shape[1]
+            if count < size:  # the last one
+                part = part.view(-1)[: n * count].view(n, count)
+            weight.dequantize(c, part, k=in_features, rows=n, column=first, columns=count)
+            torch.mm(dy, part, out=columns)
+            first += count
+        return dx
+
+    return product
 
 
 # -- 8 bit ---------------------------------------------------------------------------------------------------
@@ -314,34 +364,44 @@ def linear_int8(
     threshold: float,
     mode: str,
 ) -> Tensor:
-    x = dense(x)
-    weight = weight.contiguous()
-    weight_absmax = weight_absmax.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    *rows, k = x.shape
-    m = math.prod(rows)
-    n = weight.shape[0]
-    if mode == "exact" and x.is_cuda and x.dtype is not torch.float32 and _library_multiplies(m, n, k):
-        return exact_by_library(c, x.view(m, k), weight, weight_absmax, bias, threshold).view(*rows, n)
-    y = x.new_empty((*rows, n))
-    if not (m and n):
-        return y
-    if not k:
-        return only_bias(y, bias)
-    layer = (weight.data_ptr(), weight_absmax.data_ptr(), address(bias), m, n, k, y.data_ptr(), *place(x))
-    if mode == "exact":
-        workspace = x.new_empty(c.int8_workspace(m, k), dtype=torch.uint8)
-        c.linear_int8_exact(x.data_ptr(), DTYPES[x.dtype], threshold, workspace.data_ptr(), *layer)
-        return y
-    if m <= c.few_rows:
-        c.linear_int8_w8a16(x.data_ptr(), DTYPES[x.dtype], *layer)
+    tensors = contiguous(weight, weight_absmax)
+    constant = *tensors, threshold, mode
+    return bind_linear_int8(c, *constant)(x, bias, tensors)
+
+
+def bind_linear_int8(c: Module, weight: Tensor, weight_absmax: Tensor, threshold: float, mode: str) -> Way:
+    exact, n, fields = mode == "exact", weight.shape[0], (weight.data_ptr(), weight_absmax.data_ptr())
+
+    def product(x: Tensor, bias: Tensor | None, tensors: tuple[Any, ...]) -> Tensor:
+        weight, weight_absmax = tensors
+        x = dense(x)
+        if bias is not None:
+            bias = bias.contiguous()
+        *rows, k = x.shape
+        m = math.prod(rows)
+        if exact and x.is_cuda and x.dtype is not torch.float32 and _library_multiplies(m, n, k):
+            return exact_by_library(c, x.view(m, k), weight, weight_absmax, bias, threshold).view(*rows, n)
+        if not (m and n):
+            return x.new_empty(*rows, n)
+        if not k:
+            return only_bias(x.new_empty(*rows, n), bias)
+        if m > c.few_rows and not exact:
+            return by_slabs(
+                x,
+                lambda first, end: dequantize_int8(c, weight[first:end], weight_absmax[first:end], None, None, x.dtype),
+                bias,
+                n,
+            )
+        y = x.new_empty(*rows, n)
+        layer = (*fields, address(bias), m, n, k, y.data_ptr(), *place(x))
+        if exact:
+            workspace = x.new_empty(c.int8_workspace(m, k), dtype=torch.uint8)
+            c.linear_int8_exact(x.data_ptr(), DTYPES[x.dtype], threshold, workspace.data_ptr(), *layer)
+        else:
+            c.linear_int8_w8a16(x.data_ptr(), DTYPES[x.dtype], *layer)
         return y
 
-    def slab(first: int, end: int) -> Tensor:
-        return dequantize_int8(c, weight[first:end], weight_absmax[first:end], None, None, x.dtype)
-
-    return by_slabs(x.view(m, k), slab, bias, y)
+    return product
 
 
 def _library_multiplies(m: int, n: int, k: int) -> bool:
@@ -387,32 +447,33 @@ def exact_by_library(
 # Bytes of a weight that is dequantized at a time.  Slabs of 16 MiB would stay in the L2 cache, but a fine-tuning step
 # with four of them per layer waits for the host.
 SLAB = 64 << 20
-_LEAST = 1 << 20  # a weight of fewer bytes is one slab; of a larger one never more than half is there
+_LEAST = 1 << 20  # a weight of fewer bytes is one slab; of a larger one a backward never has more than half
 
 
-def _slabs(count: int, each: int, *, multiple: int, most: int | None = None) -> Iterator[tuple[int, int]]:
-    """Ranges of `count` rows or columns of `each` bytes, in multiples of a number that kernels like.
+def _slab_size(count: int, each: int, *, multiple: int, most: int | None = None) -> int:
+    """How many of `count` rows or columns of `each` bytes make a slab, in multiples of a number that kernels like.
 
     most   bytes of one; where it is not given SLAB, and never more than half of all but for very little
     """
     size = (most or min(SLAB, max(_LEAST, count * each // 2))) // each
-    size = max(multiple, size // multiple * multiple)
-    for first in range(0, count, size):
-        yield first, min(count, first + size)
+    return max(multiple, size // multiple * multiple)
 
 
-def by_slabs(
-    x: Tensor, slab: Callable[[int, int], Tensor], bias: Tensor | None, y: Tensor, *, most: int | None = None
-) -> Tensor:
-    """y = x @ weight^T + bias with torch's product, where slab(first, end) gives rows of the weight in x's dtype."""
-    n = y.shape[-1]
-    out = y.view(-1, n)
-    for first, end in _slabs(n, x.shape[1] * x.element_size(), multiple=16, most=most):
-        part = slab(first, end).t()
-        if bias is None:
-            torch.mm(x, part, out=out[:, first:end])
-        else:
-            torch.addmm(bias[first:end], x, part, out=out[:, first:end])
+def by_slabs(x: Tensor, slab: Callable[[int, int], Tensor], bias: Tensor | None, n: int) -> Tensor:
+    """x @ weight^T + bias with torch's product, where slab(first, end) gives some of n rows of the weight in x's dtype.
+
+    Into a given tensor, because autocast would choose the dtype of a new one.
+    """
+    x = x.contiguous()
+    *rows, k = x.shape
+    y = x.new_empty(*rows, n)
+    if bias is None and n * k * x.element_size() <= SLAB:
+        return linear(x, slab(0, n), None, out=y)  # type: ignore[call-arg]  # torch's stub omits it
+    x, out = x.view(-1, k), y.view(-1, n)  # of more dimensions torch adds the bias after rounding the product
+    size = _slab_size(n, k * x.element_size(), multiple=16, most=SLAB)
+    for first, part in zip(range(0, n, size), out.unsafe_split(size, 1), strict=True):
+        end = first + part.shape[1]
+        linear(x, slab(first, end), bias if bias is None else bias[first:end], out=part)  # type: ignore[call-arg]
     return y
 
 
@@ -428,6 +489,11 @@ _FOURBIT: Mapping[str, Any] = {
     "format": set(FORMATS),
     "blocksize": {32, 64, 128, 256, 512, 1024, 2048, 4096},
     "dtype": _FLOATS,
+}
+_BINDS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    linear_4bit: bind_linear_4bit,
+    linear_4bit_backward: bind_linear_4bit_backward,
+    linear_int8: bind_linear_int8,
 }
 _KERNELS: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = (
     (quantize_4bit, _FOURBIT),
@@ -446,4 +512,6 @@ _KERNELS: tuple[tuple[Callable[..., Any], Mapping[str, Any]], ...] = (
 def kernels(c: Module) -> Iterable[Kernel]:
     """The kernels of a portable module; a backend may yield better ones beside them."""
     for adapter, limits in _KERNELS:
-        yield Kernel(adapter.__name__, functools.partial(adapter, c), limits=limits)
+        bind = _BINDS.get(adapter)
+        bind = bind and functools.partial(bind, c)
+        yield Kernel(adapter.__name__, functools.partial(adapter, c), limits=limits, bind=bind)

@@ -14,11 +14,8 @@ from .op import Op
 _libraries: list[torch.library.Library] = []  # a Library unregisters its ops when it is collected
 
 
-def register(op: Op, call: Callable[..., Any]) -> Callable[..., Any]:
+def register(op: Op, call: Callable[..., Any]) -> None:
     """Define an op in torch, with its fake kernel and its gradient.
-
-    returns  the op for a call that nothing but autograd observes: a Function, as torch's registration of a gradient
-             takes longer (docs/benchmarks)
 
     `Library` and not `custom_op`: about 14 us less per call (reference/PERFORMANCE 4.9, torch 2.11).
     """
@@ -29,7 +26,6 @@ def register(op: Op, call: Callable[..., Any]) -> Callable[..., Any]:
     torch.library.register_fake(qualified, op.fake, lib=library)
     packet = getattr(getattr(torch.ops, op.namespace), op.name)
     library.impl(op.name, transforms.handler(op.name, packet.default), transforms.KEY)
-    differentiated: Callable[..., Any] = packet.default
     if op.backward is not None and op.setup_context is not None:
         setup_context, backward = op.setup_context, op.backward
 
@@ -42,16 +38,4 @@ def register(op: Op, call: Callable[..., Any]) -> Callable[..., Any]:
                 return backward(ctx, *grads)
 
         torch.library.register_autograd(qualified, run, setup_context=remember, lib=library)
-
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
-                output = call(*inputs)
-                remember(ctx, inputs, output)
-                return output
-
-            backward = staticmethod(run)
-
-        differentiated = Function.apply
     _libraries.append(library)
-    return differentiated

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..ops import checks
 from .params4bit import Params4bit
-from .stored import Stored4bit, check_options_4bit
+from .stored import Stored4bit, check_options_4bit, weight_and_bias
 
 
 class Linear4bit(Stored4bit, nn.Linear):
@@ -58,7 +58,7 @@ class Linear4bit(Stored4bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in x's dtype."""
-        weight, bias, compute_dtype = self.weight, self.bias, self.compute_dtype
+        (weight, bias), compute_dtype = weight_and_bias(self), self.compute_dtype
         state = getattr(weight, "quant_state", None) or self.required_state()
         if compute_dtype is None and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -66,7 +66,7 @@ class Linear4bit(Stored4bit, nn.Linear):
         if compute_dtype is None:
             compute_dtype = dtype
         if bias is not None and bias.dtype is not compute_dtype:
-            bias = bias.to(compute_dtype)  # type: ignore[assignment]  # a temporary: the parameter keeps its dtype
+            bias = bias.to(compute_dtype)  # a temporary: the parameter keeps its dtype
         if dtype is compute_dtype:
             return functional.linear_4bit(x, weight, state, bias)
         return functional.linear_4bit(x.to(compute_dtype), weight, state, bias).to(dtype)

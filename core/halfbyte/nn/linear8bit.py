@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional, transforms
 from .params8bit import Int8Params
-from .stored import StoredInt8
+from .stored import StoredInt8, weight_and_bias
 
 
 @dataclass
@@ -134,16 +134,17 @@ class Linear8bitLt(StoredInt8, nn.Linear):
         """(..., in_features) -> (..., out_features), in x's dtype."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = self.bias
+        weight, bias = weight_and_bias(self)
         if bias is not None and bias.dtype is not x.dtype:
-            bias = bias.to(x.dtype)  # type: ignore[assignment]  # a temporary: the parameter keeps its dtype
-        weight, threshold = self.weight, self.state.threshold
+            bias = bias.to(x.dtype)  # a temporary: the parameter keeps its dtype
+        state = self.state
         with functional.AsBytes():
-            trainable = self.state.has_fp16_weights and weight.is_floating_point()
-            absmax = None if trainable else self.required_absmax()
+            absmax = getattr(weight, "SCB", None) if weight.dtype is torch.int8 else None
+            if absmax is None and not (state.has_fp16_weights and weight.is_floating_point()):
+                absmax = self.required_absmax()
         if absmax is None:
-            return linear_trainable(x, weight, bias, threshold)
-        return functional.linear_int8(x, weight, absmax, bias, threshold=threshold)
+            return linear_trainable(x, weight, bias, state.threshold)
+        return functional.linear_int8(x, weight, absmax, bias, threshold=state.threshold)
 
 
 def linear_trainable(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:

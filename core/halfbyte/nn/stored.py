@@ -44,6 +44,15 @@ def check_options_4bit(shape: torch.Size, quant_type: str, storage: torch.dtype)
     functional.check_storage((shape.numel() + 1) // 2, storage)
 
 
+def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Of a linear layer, as its attributes; the way there is a third of the time of a call."""
+    parameters = module._parameters
+    try:
+        return parameters["weight"], parameters["bias"]
+    except KeyError:  # parametrized, or plain tensors for a while (FSDP)
+        return module.weight, module.bias
+
+
 class Stored4bit(nn.Module):
     """A module with a 4-bit weight called `weight`."""
 

@@ -27,6 +27,14 @@ def same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
         raise InputError(f"all tensors must be on one device; {name} is on {tensor.device}, the first one on {device}")
 
 
+def bias_fits(bias: Tensor, x: Tensor, out_features: int) -> None:
+    """The bias of a linear layer, (out_features,) of x's dtype and device."""
+    if bias.dtype is not x.dtype or bias.device != x.device or bias.shape != (out_features,):
+        dtype_is("bias", bias, x.dtype)
+        same_device("bias", bias, x.device)
+        raise InputError(f"bias must have shape ({out_features},); got {tuple(bias.shape)}")
+
+
 def format_4bit(format: str, blocksize: int) -> None:
     if format not in formats.FORMATS:
         raise InputError(f"format must be one of {', '.join(formats.FORMATS)}; got {format!r}")

@@ -63,10 +63,8 @@ def _check_linear(
         blocksize,
         out_features * in_features,
     )
-    if bias is not None and (bias.shape != (out_features,) or bias.dtype is not x.dtype or bias.device != x.device):
-        checks.dtype_is("bias", bias, x.dtype)
-        checks.same_device("bias", bias, x.device)
-        raise InputError(f"bias must have shape ({out_features},); got {tuple(bias.shape)}")
+    if bias is not None:
+        checks.bias_fits(bias, x, out_features)
 
 
 def linear_4bit(
