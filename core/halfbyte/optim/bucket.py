@@ -154,7 +154,7 @@ class Bucket:
         """Name and arguments of the op call that takes the next step of its own lists, or of parts of them."""
         c, device = self.config, lists.params[0].device
         step = following(self.steps)
-        lr = c.lr if isinstance(c.lr, Tensor) else torch.tensor(c.lr, dtype=torch.float64)
+        lr = c.lr if isinstance(c.lr, Tensor) else torch.scalar_tensor(c.lr, dtype=torch.float64)
         lr, grad_scale = _beside(lr, device), None if grad_scale is None else _beside(grad_scale, device)
         numbers = (list(c.betas), c.eps, c.weight_decay, c.alpha, c.t_alpha, c.t_beta3, c.max_unorm, c.skip_zeros)
         rest = (step, lr, grad_scale, *numbers, lists.seeds)

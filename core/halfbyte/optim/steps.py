@@ -66,4 +66,4 @@ def identity(steps: Steps) -> int:
 
 def following(steps: Steps) -> Tensor:
     """The number of the step to take, as the op wants it."""
-    return steps + 1 if isinstance(steps, Tensor) else torch.tensor(steps + 1.0, dtype=torch.float64)
+    return steps + 1 if isinstance(steps, Tensor) else torch.scalar_tensor(steps + 1.0, dtype=torch.float64)

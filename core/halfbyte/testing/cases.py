@@ -244,3 +244,12 @@ def torch_op(op: Op) -> torch._ops.OpOverload[..., Any]:
     """torch.ops.<namespace>.<op>"""
     call: torch._ops.OpOverload[..., Any] = getattr(getattr(torch.ops, op.namespace), op.name).default
     return call
+
+
+def over_weight(op: Op, args: Sequence[Any]) -> tuple[Any, Any, tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of an op over a weight: the first, the bias, the tensors of the weight, the rest."""
+    names = [parameter.split()[-1] for parameter in op.schema[1 : op.schema.index(")")].split(", ")]
+    given = dict(zip(names, args, strict=True))
+    first, bias = given.pop(names[0]), given.pop("bias", None)
+    tensors = tuple(one for one in given.values() if one is None or isinstance(one, Tensor))
+    return first, bias, tensors, tuple(given.values())[len(tensors) :]

@@ -31,6 +31,7 @@ class Mutant:
     kernel   the wrong kernel: called with the reference and the arguments
     limits   of the kernel
     rule     of the kernel
+    bound    whether the kernel itself is right, and only what it is bound to a weight is wrong
     """
 
     name: str
@@ -38,15 +39,18 @@ class Mutant:
     kernel: Wrong
     limits: Mapping[str, Any]
     rule: Callable[[Any], Any] | None = None
+    bound: bool = False
 
 
 MUTANTS: dict[str, Mutant] = {}
 
 
-def mutant(op: str, limits: Mapping[str, Any] | None = None, rule: Any = None) -> Callable[[Wrong], Wrong]:
+def mutant(
+    op: str, limits: Mapping[str, Any] | None = None, rule: Any = None, bound: bool = False
+) -> Callable[[Wrong], Wrong]:
     def add(function: Wrong) -> Wrong:
         name = f"mutant_{function.__name__}"
-        MUTANTS[name] = Mutant(name, op, function, limits or {}, rule)
+        MUTANTS[name] = Mutant(name, op, function, limits or {}, rule, bound)
         return function
 
     return add
@@ -198,6 +202,11 @@ def last_row_dropped(reference: Wrong, x: Tensor, *rest: Any) -> Any:
 @mutant("linear_4bit")
 def bias_ignored(reference: Wrong, *args: Any) -> Any:
     return reference(*args[:6], None, *args[7:])
+
+
+@mutant("linear_4bit", bound=True)
+def bias_ignored_where_it_is_bound(reference: Wrong, *args: Any) -> Any:
+    return bias_ignored(reference, *args)
 
 
 @mutant("linear_4bit")
@@ -405,9 +414,15 @@ class MutantBackend(Backend):
 
     def kernels(self) -> Iterable[Kernel]:
         record, op = self._record, dispatcher.plugins.ops[self._record.op]
-        yield Kernel(
-            record.op, lambda *args: record.kernel(op.reference, *args), limits=record.limits, rule=record.rule
-        )
+
+        def wrong(*args: Any) -> Any:
+            return record.kernel(op.reference, *args)
+
+        def bind(*constant: Any) -> Any:
+            return lambda x, bias, tensors: wrong(x, *tensors, bias, *constant[len(tensors) :])
+
+        ways = {"function": op.reference, "bind": bind} if record.bound else {"function": wrong}
+        yield Kernel(record.op, **ways, limits=record.limits, rule=record.rule)
 
 
 def pytest_configure() -> None:

@@ -1,4 +1,4 @@
-"""The same call gives the same bits: again, after other calls, and from several threads at once."""
+"""The same call gives the same bits: again, after other calls, bound to a weight, and from several threads at once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ def test_kernel_gives_the_same_bits_again(typical: cases.Case) -> None:
         again = cases.results(typical.op, typical.kernel.function, typical.args(size))
 
         assert compare.same_bits(kept, again), f"{typical.title}, size {size}: two calls gave different bits"
+
+
+def test_kernel_gives_the_same_bits_bound_to_a_weight(typical: cases.Case) -> None:
+    """Of a kernel that cannot be bound there is nothing to compare."""
+    bind = typical.kernel.bind
+    for size in typical.sizes("usual", "partial", "odd", "one") if bind else ():
+        args = typical.args(size)
+        x, bias, tensors, plain = cases.over_weight(typical.op, args)
+        way = bind(*tensors, *plain)  # type: ignore[misc]
+        expected = cases.results(typical.op, typical.kernel.function, args)
+
+        for _ in range(2):
+            found = cases.results(typical.op, way, (x, bias, tensors))
+            assert compare.same_bits(expected, found), f"{typical.title}, size {size}: bound, it gave other bits"
 
 
 def test_kernel_runs_in_several_threads(typical: cases.Case) -> None:
