@@ -1,4 +1,4 @@
-"""The benchmark of whole models in docs/benchmarks runs: with a tiny one, on the CPU; and what it makes of figures."""
+"""The benchmarks in docs/benchmarks run: of whole models with a tiny one, on the CPU; and what it makes of figures."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ def llama() -> ModuleType:
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return script(SCRIPT, "--size", "tiny", "--device", "cpu", "--folder", str(folder), *words)
+
+
+def script(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(one for one in sys.path if one)
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "--size", "tiny", "--device", "cpu", "--folder", str(folder), *words],
+        [sys.executable, str(file), *words],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -99,3 +103,12 @@ def test_rows_have_ratios_and_leave_out_what_was_not_measured(llama):
     found = {"torch": {"ms": 6.0, "peak GB": None}, "halfbyte": {"ms": 3.0, "peak GB": None}}
 
     assert llama.rows(case, ["torch", "halfbyte"], found) == ["| decode, ms | 6.00 | 3.00 | 0.50 |"]
+
+
+def test_host_time_of_calls_is_told():
+    done = script(SCRIPT.with_name("host_time.py"), "--cases", "^(eval|train), Linear4bit, nested$|tensors: 1$")
+
+    assert done.returncode == 0, done.stderr
+    rows = figures(done.stdout)
+    assert list(rows)[1:] == ["eval, Linear4bit, nested", "train, Linear4bit, nested", "AdamW8bit, tensors: 1"]
+    assert all(float(cell) > 0 for cells in list(rows.values())[1:] for cell in cells[:2])

@@ -70,6 +70,16 @@ def test_forward_equals_linear_over_the_dequantized_weight(n: int, k: int, neste
     assert made(x).dtype == dtype
 
 
+def test_a_weight_and_a_bias_that_are_plain_attributes_serve() -> None:  # as FSDP has them for a while
+    made = layer(32, 64)
+    x = torch.randn(3, 64)
+    expected, weight, bias = made(x), made.weight, made.bias.detach()
+    del made.weight, made.bias
+    object.__setattr__(made, "weight", weight)
+    object.__setattr__(made, "bias", bias)
+    assert torch.equal(made(x), expected)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_evaluating_changes_nothing_that_is_saved(nested: bool) -> None:  # bitsandbytes bug 1
     made = layer(32, 64, dtype=torch.bfloat16, compress_statistics=nested).eval()

@@ -38,6 +38,16 @@ def test_forward_is_close_to_the_float_product(dtype: torch.dtype, threshold: fl
     assert torch.equal(x, kept)  # bitsandbytes bug 21
 
 
+def test_a_weight_and_a_bias_that_are_plain_attributes_serve() -> None:  # as FSDP has them for a while
+    made = layer(32, 64)
+    x = torch.randn(3, 64)
+    expected, weight, bias = made(x), made.weight, made.bias.detach()
+    del made.weight, made.bias
+    object.__setattr__(made, "weight", weight)
+    object.__setattr__(made, "bias", bias)
+    assert torch.equal(made(x), expected)
+
+
 def test_large_activations_do_not_overflow() -> None:  # bitsandbytes bug 21
     made = layer(bias=False)
     y = made(torch.full((2, 96), 1e5, dtype=torch.bfloat16))

@@ -234,6 +234,17 @@ def test_dequantizing_for_torchs_product_goes_by_slabs(lanes, nested, bias, gene
     close("linear_4bit", found, reference("linear_4bit", x, *packed, b, *how, 80))
 
 
+@pytest.mark.parametrize("lanes", emulated.LANES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_does_not_choose_the_dtype_of_torchs_product(lanes, bias, generator):
+    packed, how = weight(80, 256, 64, generator)
+    x = normal((2, 20, 256), torch.float32, generator)
+    b = normal((80,), torch.float32, generator) if bias else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = native_gpu.linear_4bit(emulated.module(lanes), x, *packed, b, *how, 80)
+    close("linear_4bit", found, reference("linear_4bit", x, *packed, b, *how, 80))
+
+
 @pytest.mark.parametrize("lanes", BUILT)
 def test_managed_memory_can_be_written_and_freed(lanes):
     c = emulated.module(lanes)
