@@ -13,7 +13,7 @@ import emulated
 import pytest
 import torch
 
-from halfbyte import formats, native_gpu
+from halfbyte import formats, native_gpu, native_gpu_int8
 from halfbyte._runtime import dispatcher
 from halfbyte_cuda import linear4bit
 
@@ -218,7 +218,7 @@ def test_int8_layer_of_many_rows_may_use_torchs_product(lanes, threshold, dtype,
     x[:, [3, 50]] *= 30  # outlier columns
     codes = torch.randint(-127, 128, (48, 96), generator=generator, dtype=torch.int8)
     absmax, bias = torch.rand(48, generator=generator) + 0.1, normal((48,), dtype, generator)
-    found = native_gpu.exact_by_library(emulated.module(lanes), x, codes, absmax, bias, threshold)
+    found = native_gpu_int8.exact_by_library(emulated.module(lanes), x, codes, absmax, bias, threshold)
     close("linear_int8", found, reference("linear_int8", x, codes, absmax, bias, threshold, "exact"))
 
 
