@@ -251,3 +251,22 @@ def linear_4bit_tile(
     stream: int,
     /,
 ) -> None: ...
+def linear_int8_tensor_workspace(m: int, k: int, /) -> int:
+    """Bytes that linear_int8_tensor works in."""
+
+def linear_int8_tensor(
+    x: int,
+    dtype: int,
+    threshold: float,
+    workspace: int,
+    weight: int,
+    weight_absmax: int,
+    bias: int,
+    m: int,
+    n: int,
+    k: int,
+    y: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -20,6 +20,7 @@ TENSOR_CORES: Mapping[str, Collection[object]] = {
     "blocksize": {64, 128, 256, 512, 1024, 2048, 4096},
     "dtype": {torch.float16, torch.bfloat16},
 }
+TENSOR_CORES_INT8: Mapping[str, Collection[object]] = {"mode": {"exact"}, "dtype": {torch.float16, torch.bfloat16}}
 
 
 class CudaBackend(Backend):
@@ -49,7 +50,7 @@ class CudaBackend(Backend):
     def kernels(self) -> Iterable[Kernel]:
         from halfbyte import native_gpu, native_gpu_optimizer
 
-        from . import _C, linear4bit
+        from . import _C, linear4bit, linear8bit
 
         yield from native_gpu.kernels(_C)
         yield from native_gpu_optimizer.kernels(_C)
@@ -62,6 +63,15 @@ class CudaBackend(Backend):
                 priority=10,
                 variant="sm_90a",
                 bind=functools.partial(linear4bit.bind_linear_4bit, _C),
+            )
+            yield Kernel(
+                "linear_int8",
+                functools.partial(linear8bit.linear_int8, _C),
+                limits=TENSOR_CORES_INT8,
+                cc=((9, 0), (9, 0)),
+                priority=10,
+                variant="sm_90a",
+                bind=functools.partial(linear8bit.bind_linear_int8, _C),
             )
 
 

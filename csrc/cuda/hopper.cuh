@@ -90,6 +90,17 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
+// To the same place in the blocks of a cluster that `ranks` has bits for, each of which signals its own barrier.
+__device__ __forceinline__ void copy_box_to_all(uint32_t to, const CUtensorMap* map, int c0, int c1,
+                                                uint32_t bar, uint16_t ranks, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::"
+      "cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(ranks), "l"(policy)
+      : "memory");
+}
+
 // -- launches that overlap -------------------------------------------------------------------------------------
 
 // What the kernels before this one in the stream wrote may be read after this.
@@ -103,6 +114,19 @@ __device__ __forceinline__ void let_next_kernel_start() {
 
 // -- clusters --------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Orders nothing beyond this block: good after reads by the tensor cores, which have ended.
+__device__ __forceinline__ void mbarrier_arrive_of_rank(uint32_t bar, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [a];\n}\n" ::"r"(bar),
+      "r"(rank)
+      : "memory");
+}
 __device__ __forceinline__ float4 load_of_rank(uint32_t address, uint32_t rank) {
   uint32_t a;
   float4 v;
@@ -139,8 +163,13 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+template <int PENDING = 0>
 __device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// What this thread stored in shared memory may be read by the tensor cores after the next barrier.
+__device__ __forceinline__ void show_to_wgmma() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // -- numbers ---------------------------------------------------------------------------------------------------

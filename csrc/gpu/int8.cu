@@ -8,17 +8,12 @@
 // Agrees    bit for bit with the reference: q = rint(x * (127 / absmax)), ties to even; products one by one.
 #include "blockwise.cuh"
 #include "halfbyte/gpu.h"
+#include "rows8.cuh"
 
 namespace halfbyte::gpu {
 namespace {
 
 constexpr int kThreads = 256;
-
-// In the last byte.
-HALFBYTE_DEVICE uint32_t code_of(float scaled) {
-  const float number = scaled == scaled ? scaled : 0.0f;
-  return narrow_byte(fminf(fmaxf(number, -127.0f), 127.0f));
-}
 
 // The largest magnitude below the threshold; marks the columns of others.
 HALFBYTE_DEVICE float ordinary(float x, float threshold, uint8_t* flag) {
@@ -29,8 +24,6 @@ HALFBYTE_DEVICE float ordinary(float x, float threshold, uint8_t* flag) {
   }
   return size;
 }
-
-HALFBYTE_DEVICE float row_scale(float most) { return most > 0.0f ? 127.0f / most : 0.0f; }
 
 template <class T, int Vectors>
 __global__ void __launch_bounds__(kThreads)
