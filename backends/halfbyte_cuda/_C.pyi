@@ -251,6 +251,27 @@ def linear_4bit_tile(
     stream: int,
     /,
 ) -> None: ...
+def linear_4bit_wide(
+    x: int,
+    dtype: int,
+    packed: int,
+    absmax: int,
+    nested: int,
+    codebook: int,
+    offset: int,
+    format: int,
+    blocksize: int,
+    bias: int,
+    m: int,
+    n: int,
+    k: int,
+    y: int,
+    columns: int,
+    splits: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def linear_int8_tensor_workspace(m: int, k: int, /) -> int:
     """Bytes that linear_int8_tensor works in."""
 

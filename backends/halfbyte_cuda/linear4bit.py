@@ -14,8 +14,8 @@ from halfbyte import native_gpu
 from halfbyte.native import DTYPES, address
 from halfbyte.weights import Way
 
-# A kernel and its parameters: ("stream", tiles, depth), ("tile", columns, groups, turns, log_splits) as in
-# csrc/include/halfbyte/gemm.h, or ("dequantize",): the weight in slabs, then torch's matmul.
+# A kernel and its parameters: ("stream", tiles, depth), ("tile", columns, groups, turns, log_splits), ("wide", columns,
+# splits) as in csrc/include/halfbyte/gemm.h, or ("dequantize",): the weight in slabs, then torch's matmul.
 Choice: TypeAlias = tuple[Any, ...]
 
 
@@ -104,7 +104,7 @@ def launch(
         bias = bias.contiguous()
     *rows, k = x.shape
     y = x.new_empty(*rows, out_features)
-    call = c.linear_4bit_stream if choice[0] == "stream" else c.linear_4bit_tile
+    call = getattr(c, f"linear_4bit_{choice[0]}")
     call(
         x.data_ptr(),
         DTYPES[x.dtype],
@@ -149,8 +149,9 @@ def candidates(m: int) -> list[Choice]:
     elif m <= 16:
         found += [("stream", 2, 2), ("stream", 2, 3), ("stream", 3, 2), ("stream", 4, 2)]
     for columns, shapes in ((32, ((4, 1), (2, 2), (1, 4))), (64, ((4, 1), (2, 2), (1, 4))), (128, ((2, 1), (1, 2)))):
-        if columns / 4 < m <= (columns if columns < 64 else 8 * columns):
+        if columns / 4 < m <= (columns if columns < 64 else 4 * columns):
             found += [("tile", columns, *shape, splits) for shape in shapes for splits in (0, 1, 2)]
-    if m >= 64:
+    if m >= 96:
+        found += [("wide", columns, splits) for columns in (128, 256) for splits in (1, 2, 3)]
         found.append(("dequantize",))
     return found

@@ -38,6 +38,17 @@ __device__ __forceinline__ uint4 lds128(uint32_t a) {
   return v;
 }
 
+__device__ __forceinline__ void sts128(uint32_t a, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+// Four 8x8 matrices of 16-bit values, each stored transposed: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_transposed(uint32_t a, const uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(m[0]),
+               "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
 // -- barriers that count bytes ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t count) {
@@ -159,12 +170,16 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// wgmma's descriptor of rows of 128 bytes with their swizzle, eight of them 1024 bytes apart from the next.
+__device__ __forceinline__ uint64_t swizzled_rows(uint32_t address) {
+  return (1ull << 62) | (64ull << 32) | (1ull << 16) | (address & 0x3ffff) >> 4;
+}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int PENDING = 0>
-__device__ __forceinline__ void wgmma_wait() {
+__device__ __forceinline__ void wgmma_wait() {  // until no more groups than PENDING are under way
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 // What this thread stored in shared memory may be read by the tensor cores after the next barrier.
@@ -178,6 +193,15 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162f
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ void from_float(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void from_float(float v, __half* out) { *out = __float2half_rn(v); }
+
+__device__ __forceinline__ uint32_t pack(float lo, float hi, __nv_bfloat16) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+__device__ __forceinline__ uint32_t pack(float lo, float hi, __half) {
+  const __half2 v = __floats2half2_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
 
 // -- host: launches --------------------------------------------------------------------------------------------
 

@@ -72,6 +72,19 @@ __device__ __forceinline__ constexpr uint32_t gap(uint32_t i) { return (i >> 7) 
 
 // -- scales ----------------------------------------------------------------------------------------------------
 
+// A nested scale.  codebook: its first byte, in gaps.  The reference's order: a product, then a sum, each rounded.
+__device__ __forceinline__ float unnest(uint32_t code, float group, const uint8_t* codebook, float offset) {
+  const float level = *reinterpret_cast<const float*>(codebook + (code >> 5) * 256 + (code & 31) * 4);
+  return __fadd_rn(__fmul_rn(level, group), offset);
+}
+
+// The codebook of nested scales, in gaps, by `threads` threads that then wait; gives the offset.
+__device__ __forceinline__ float fill_codebook(uint8_t* codebook, const Scales& s, int thread, int threads) {
+  for (int i = thread; i < 256; i += threads)
+    *reinterpret_cast<float*>(codebook + (i >> 5) * 256 + (i & 31) * 4) = s.nested_codebook[i];
+  return *s.offset;
+}
+
 // The raw scales of four blocks of 64 of one row, as loaded; of a nested quantization one word of codes and the scale
 // of their group (a multiple of four blocks lies in one group of 256).
 template <bool NESTED>
@@ -112,14 +125,10 @@ struct RawScales<true> {
     group = __ldg(s.nested_absmax + ((first + (k >> s.shift)) >> 8));
   }
   __device__ __forceinline__ void clear() { codes = 0, group = 0.f; }
-  // The reference's order: a product, then a sum, each rounded.
-  // codebook: its first byte, in gaps.  The reference's order: a product, then a sum, each rounded.
   __device__ __forceinline__ float4 value(const uint8_t* codebook, float offset) const {
-    const auto one = [&](uint32_t code) {
-      const float level = *reinterpret_cast<const float*>(codebook + (code >> 5) * 256 + (code & 31) * 4);
-      return __fadd_rn(__fmul_rn(level, group), offset);
-    };
-    return make_float4(one(codes & 255), one(codes >> 8 & 255), one(codes >> 16 & 255), one(codes >> 24));
+    return make_float4(
+        unnest(codes & 255, group, codebook, offset), unnest(codes >> 8 & 255, group, codebook, offset),
+        unnest(codes >> 16 & 255, group, codebook, offset), unnest(codes >> 24, group, codebook, offset));
   }
 };
 

@@ -24,4 +24,7 @@ const char* linear_4bit_stream(const Linear4& a, int tiles, int depth);
 // blocks that share k; the choices are in linear4_tile.cu.
 const char* linear_4bit_tile(const Linear4& a, int columns, int groups, int turns, int log_splits);
 
+// Many m.  Columns of a tile, 128 or 256; blocks that share k, 1 to 3.
+const char* linear_4bit_wide(const Linear4& a, int columns, int splits);
+
 }  // namespace halfbyte::cuda

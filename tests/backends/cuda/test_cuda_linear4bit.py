@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import formats
+from halfbyte import formats, native_gpu
 from halfbyte_cuda import linear4bit
 
 
@@ -20,7 +20,7 @@ def _why_not() -> str:
 
 pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 SIZES = ((16, 256), (1, 256), (272, 768), (1000, 1280), (4096, 4096))  # (n, k): whole tiles, one row, tails of both
-ROWS = (1, 3, 8, 9, 16, 17, 32, 40, 64, 100, 128, 129)
+ROWS = (1, 3, 8, 9, 16, 17, 32, 40, 64, 100, 128, 129, 256, 300, 1100)
 
 
 def weight(n, k, format="nf4", blocksize=64, nested=False, seed=0):
@@ -68,7 +68,7 @@ def test_every_variant_agrees_with_float64(m, n, k):
         check(choice, m, n, k)
 
 
-@pytest.mark.parametrize("m", [1, 12, 33, 128])
+@pytest.mark.parametrize("m", [1, 12, 33, 128, 257])
 def test_bias_formats_block_sizes_and_dtypes_are_served(m):
     for choice in linear4bit.candidates(m):
         check(choice, m, 272, 4096, torch.float16, bias=True)
@@ -78,11 +78,39 @@ def test_bias_formats_block_sizes_and_dtypes_are_served(m):
         check(choice, m, 272, 4096, blocksize=512, nested=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_the_wide_kernel_multiplies_the_weights_that_dequantizing_gives(dtype, format):
+    from halfbyte_cuda import _C
+
+    n, k = 264, 512
+    arguments, _ = weight(n, k, format, nested=True)
+    dense = native_gpu.dequantize_4bit(_C, *arguments, format, 64, (n, k), dtype)
+    one_hot = torch.eye(k, device="cuda", dtype=dtype)
+    wide = [choice for choice in linear4bit.candidates(k) if choice[0] == "wide"]
+    assert wide
+    for choice in wide:
+        found = linear4bit.run(_C, choice, one_hot, *arguments, None, format, 64, n)
+        assert torch.equal(found.T, dense), choice
+
+
+def test_a_block_of_the_wide_kernel_takes_many_tiles():
+    for choice in (("wide", 128, 1), ("wide", 256, 1)):
+        check(choice, 2053, 8200, 512)
+        check(choice, 2053, 8200, 512, torch.float16, bias=True, nested=True)
+
+
+def test_the_wide_kernel_writes_rows_of_any_length():
+    for choice in linear4bit.candidates(129):
+        if choice[0] == "wide":
+            check(choice, 129, 1003, 1280, bias=True)
+
+
 def test_a_result_does_not_change_from_call_to_call():
     from halfbyte_cuda import _C
 
     arguments, _ = weight(1024, 4096)
-    for m in (1, 16, 64, 128):
+    for m in (1, 16, 64, 128, 512):
         x = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
         for choice in linear4bit.candidates(m):
             first, second = (linear4bit.run(_C, choice, x, *arguments, None, "nf4", 64, 1024) for _ in range(2))
@@ -93,8 +121,8 @@ def test_a_chain_in_a_graph_reads_what_the_kernel_before_wrote():
     from halfbyte_cuda import _C
 
     (first, dense1), (second, dense2) = weight(4096, 4096), weight(4096, 4096, seed=1)
-    for m in (1, 16, 64):
-        choice = linear4bit.choose(m, 4096, 4096)
+    measured = [(m, linear4bit.choose(m, 4096, 4096)) for m in (1, 16, 64)]
+    for m, choice in (*measured, (256, ("wide", 256, 2)), (1100, ("wide", 256, 1))):
         x = torch.zeros(m, 4096, device="cuda", dtype=torch.bfloat16)
 
         def chain(x=x, choice=choice):
