@@ -58,7 +58,7 @@ def _update(
     numbers: list[float] = [0.0] * len(c)
     coefficients = like
     if on_device:
-        coefficients = torch.stack([torch.as_tensor(one, dtype=torch.float32, device=device) for one in c])
+        coefficients = _on_device(c, device)
     else:
         numbers = [float(one) for one in c]
     scale_on_device = grad_scale is not None and grad_scale.device.type != "cpu"
@@ -133,6 +133,12 @@ def _update(
                 num_warps=1,
                 enable_fp_fusion=False,
             )
+
+
+def _on_device(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """float32, filled in and not copied from the host, as a graph captures no copy of pageable memory."""
+    filled = [one if isinstance(one, Tensor) else torch.full((), one, device=device) for one in numbers]
+    return torch.stack([one.float() for one in filled])
 
 
 def update_32bit(

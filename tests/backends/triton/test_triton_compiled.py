@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -156,3 +159,27 @@ def test_step_of_the_host_is_no_pointer_of_a_kernel():
     found = compiled.launches("sm_90", function, *args)
     assert len(found) == 3
     assert not any(one is step for launch in found for one in launch.args)
+
+
+class HostCopies(TorchFunctionMode):
+    """Numbers of the host that are copied to a device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        device = torch.device((kwargs or {}).get("device") or CPU)
+        if func in (torch.tensor, torch.as_tensor) and device != CPU and not isinstance(args[0], torch.Tensor):
+            self.found.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_step_on_the_device_needs_no_copy_from_the_host(monkeypatch):
+    """A CUDA graph cannot capture one of pageable memory."""
+    function, *args = update("adam", False)
+    meta = pytree.tree_map_only(torch.Tensor, lambda one: one.to("meta"), args)
+    table = SimpleNamespace(rows=meta[1][0], parts=meta[1][0], bounds=meta[1][0])  # what is kept between calls
+    monkeypatch.setattr(optimizer, "table_of", lambda *key: table)
+    copies = HostCopies()
+    copies.found = []
+
+    with copies:
+        assert len(compiled.launches("sm_90", function, *meta)) == 1
+    assert not copies.found
