@@ -13,6 +13,8 @@ Bound by  memory for few rows, decoding and matrix units for many.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Any
 
@@ -22,11 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte import formats
+from halfbyte.errors import KernelUnusable
 
 from . import decode
 from .fourbit import contiguous_scales, dequantize_4bit, load_absmax
-from .launch import Config, cdiv, config, is_nvidia, launch, power_of_2, processors
+from .launch import Config, arch, cdiv, config, is_nvidia, launch, power_of_2, processors
 from .pieces import INTERPRETED, look_up, rounded, widened
+
+_LOG = logging.getLogger("halfbyte.triton")
 
 
 @triton.jit
@@ -183,13 +188,25 @@ def linear_4bit(
     n = out_features
     if not (m and n):
         return x.new_empty((*x.shape[:-1], n))
+    nested = (nested_absmax, nested_codebook, offset)
+    name = arch(x.device)
+    hopper = specialized(name)
+    if hopper is not None and hopper.takes(x, blocksize, nested_absmax is not None):
+        apart = config("linear_4bit_hopper", bucket(m, x.dtype), x.device)
+        if apart:
+            try:
+                y: Tensor = hopper.linear_4bit(x, packed, absmax, nested, bias, format, n, apart)
+                return y
+            except KernelUnusable as error:
+                _LOG.warning("the kernel for sm_90 is given up: %s", error)
+                _given_up.add(name)
+                specialized.cache_clear()
     tuned = config("linear_4bit", bucket(m, x.dtype), x.device)
     chunk = min(blocksize, tuned.get("CHUNK", 0))  # values of K that one dot covers
-    nested = (nested_absmax, nested_codebook, offset)
     if not chunk or not k or k % chunk:
         weight = dequantize_4bit(packed, absmax, *nested, format, blocksize, (n, k), x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
-    x, packed, scales = x.contiguous(), _aligned(packed.contiguous()), contiguous_scales(absmax, *nested)
+    x, packed, scales = x.contiguous(), aligned(packed.contiguous()), contiguous_scales(absmax, *nested)
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
     if tuned["ORDERED"]:  # as _order would read it, but in wide pieces
@@ -234,9 +251,23 @@ def linear_4bit(
     return y
 
 
-def _aligned(packed: Tensor) -> Tensor:
+_given_up: set[str] = set()  # archs whose own kernel does not compile
+
+
+@functools.cache
+def specialized(name: str) -> Any:
+    """The module with a kernel of an arch's own, where the installed Triton has what it is written in."""
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if name != "sm_90" or name in _given_up or INTERPRETED or version < (3, 6):
+        return None
+    from . import hopper4bit
+
+    return hopper4bit
+
+
+def aligned(tensor: Tensor) -> Tensor:
     """At an address from which words can be read."""
-    return packed.clone() if packed.data_ptr() % 16 else packed
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def bucket(m: int, dtype: torch.dtype) -> str:

@@ -27,10 +27,11 @@ import torch
 
 from halfbyte.errors import KernelUnusable
 
-from . import launch
+from . import launch, linear4bit
 from .measure import BF16, DEVICE, ELEMENTWISE, Call, elementwise, int8_calls, linear_calls, step_call, table, time_us
 
 PRODUCTS = ("linear_4bit", "linear_w8a16", "matmul_int8")
+HOPPER = "linear_4bit_hopper"  # on sm_90 alone
 UPDATES = ("update_8bit", "update_32bit")
 ROWS = (16, 32, 64, 128, 256, 512, 1024)
 SIDE = 8192  # of the weights
@@ -56,6 +57,8 @@ def candidates(bucket: Bucket) -> list[Config]:
     operation, rows = bucket.operation, int(bucket.name)  # or bytes per element
     if operation == "linear_4bit":
         return linear_candidates(rows)
+    if operation == HOPPER:
+        return hopper_candidates(rows)
     if operation in PRODUCTS:
         parts = [1, 3] if operation == "linear_w8a16" and rows <= 64 else [1]
         same = {"BK": [64, 128] if rows > 64 else [128], "GROUP": [8], "PROGRAMS": parts, "num_stages": [3, 4]}
@@ -112,24 +115,45 @@ def linear_candidates(rows: int) -> list[Config]:
     ]
 
 
+def hopper_candidates(rows: int) -> list[Config]:
+    """{} is to leave it to linear_4bit, as for few rows, where decoding takes all the time."""
+    if rows < 64:
+        return [{}]
+    found = [
+        *products(BN=[64], DECODERS=[8], STAGES=[2, 3], SLOTS=[2], PROGRAMS=[1], REGISTERS=[128], num_warps=[4]),
+        *products(BN=[128], DECODERS=[8], STAGES=[2, 3, 4], SLOTS=[1, 2], PROGRAMS=[1], REGISTERS=[96], num_warps=[8]),
+        *products(BN=[128], DECODERS=[4], STAGES=[3, 4], SLOTS=[1, 2], PROGRAMS=[1], REGISTERS=[128], num_warps=[8]),
+    ]
+    two = {"BN": [64], "DECODERS": [4], "PROGRAMS": [2], "REGISTERS": [128], "MOST": [128], "num_warps": [4]}
+    found += products(STAGES=[2, 3], SLOTS=[2, 3], **two)
+    each = [{"BM": bm, **one} for one in found for bm in (min(rows, 256), 128) if bm <= rows]
+    return [{}, *(one for one in each if hopper_bytes(one) * one["PROGRAMS"] <= 225 * 2**10)]
+
+
+def hopper_bytes(one: Config) -> int:
+    """Shared memory that the rings take: tiles of x and of the weight; words and absmax."""
+    depth = 64 * 32 * one["DECODERS"] // one["BN"]
+    return one["STAGES"] * (one["BM"] + one["BN"]) * depth * 2 + one["SLOTS"] * one["BN"] * (128 + 16)
+
+
 # -- search --------------------------------------------------------------------------------------------------
 
 
 def buckets(operations: Sequence[str]) -> list[Bucket]:
     """Longest to compile first."""
-    order = (*UPDATES, "linear_4bit", *ELEMENTWISE, "linear_w8a16", "matmul_int8")
+    order = (*UPDATES, "linear_4bit", HOPPER, *ELEMENTWISE, "linear_w8a16", "matmul_int8")
     return [
         Bucket(operation, str(name))
         for operation in order
         if operation in operations
-        for name in ((4, *ROWS) if operation == "linear_4bit" else ROWS if operation in PRODUCTS else (2, 4))
+        for name in ((4, *ROWS) if operation in ("linear_4bit", HOPPER) else ROWS if operation in PRODUCTS else (2, 4))
     ]
 
 
 def calls(bucket: Bucket, small: bool) -> list[Call]:
     """What is timed; with `small`, which compiles to the same code, what takes little memory."""
     operation, number = bucket.operation, int(bucket.name)
-    if operation == "linear_4bit":
+    if operation in ("linear_4bit", HOPPER):
         rows = 1 if number == 4 else number  # what decoding a token has
         return linear_calls(rows, SIDE, SIDE, copies=int(small)) * (1 if small else 4)
     if operation in PRODUCTS:
@@ -142,7 +166,10 @@ def calls(bucket: Bucket, small: bool) -> list[Call]:
 
 
 def install(bucket: Bucket, candidate: Config) -> None:
-    launch.tuned().setdefault(launch.arch(DEVICE), {}).setdefault(bucket.operation, {})[bucket.name] = candidate
+    entries = launch.tuned().setdefault(launch.arch(DEVICE), {})
+    entries.setdefault(bucket.operation, {})[bucket.name] = candidate
+    if bucket.operation == "linear_4bit":  # which the arch's own kernel would stand in for
+        entries.setdefault(HOPPER, {})[bucket.name] = {}
     launch.config.cache_clear()
 
 
@@ -197,6 +224,7 @@ def search(operations: Sequence[str], seconds: float) -> dict[str, dict[str, Con
         ]
         for bucket, compiled in waiting:
             if (config := best(bucket, compiled, until)) is not None:
+                install(bucket, config)
                 found.setdefault(bucket.operation, {})[bucket.name] = config
             torch.cuda.empty_cache()
         pool.shutdown(cancel_futures=True)
@@ -223,7 +251,7 @@ def write(path: Path, found: dict[str, dict[str, Config]]) -> None:
 
 
 def main() -> None:
-    known = (*PRODUCTS, *ELEMENTWISE, *UPDATES)
+    known = (*PRODUCTS, HOPPER, *ELEMENTWISE, *UPDATES)
     parser = argparse.ArgumentParser(
         prog="python -m halfbyte_triton.tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -236,7 +264,8 @@ def main() -> None:
     missing: list[Bucket] = []
     if given.what != ["table"]:
         started = time.monotonic()
-        chosen = [one for one in given.what if one != "table"] or known
+        able = [one for one in known if one != HOPPER or linear4bit.specialized(launch.arch(DEVICE))]
+        chosen = [one for one in given.what if one != "table"] or able
         found = search(chosen, given.seconds)
         write(given.output, found)
         print(f"wrote {given.output} after {time.monotonic() - started:.0f} s")

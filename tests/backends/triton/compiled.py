@@ -94,7 +94,9 @@ def compile(launch: Launch, arch: str) -> dict[str, Any]:
     signature: dict[str, str] = dict.fromkeys(constants, "constexpr")
     attributes = {}
     for place, (name, value) in enumerate(zip(names, launch.args)):
-        if isinstance(value, torch.Tensor):
+        if hasattr(value, "block_shape"):  # a descriptor
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[place,] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -107,6 +109,14 @@ def compile(launch: Launch, arch: str) -> dict[str, Any]:
             if value % 16 == 0:
                 attributes[place,] = [["tt.divisibility", 16]]
     ordered = {name: signature[name] for name in names}
-    source = ASTSource(fn=launch.kernel, signature=ordered, constexprs=constants, attrs=attributes)
+    source = _source_of(launch.kernel)(fn=launch.kernel, signature=ordered, constexprs=constants, attrs=attributes)
     assembly: dict[str, Any] = triton.compile(source, target=TARGETS[arch], options=options).asm
     return assembly
+
+
+def _source_of(kernel: Any) -> Any:
+    if not hasattr(kernel, "is_gluon") or not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource

@@ -32,6 +32,15 @@ def test_every_bucket_but_those_of_float32_products_is_searched():
     assert there == set(BUCKETS)
 
 
+@pytest.mark.parametrize("bucket", tune.buckets([tune.HOPPER]))
+def test_candidates_for_sm_90_fit_its_shared_memory(bucket):
+    candidates = [one for one in tune.candidates(bucket) if one]
+    there = launch.tuned()["sm_90"][tune.HOPPER][bucket.name]
+
+    assert bool(candidates) == (int(bucket.name) >= 64)
+    assert all(tune.hopper_bytes(one) * one["PROGRAMS"] < 227 * 1024 for one in [*candidates, *filter(None, [there])])
+
+
 def test_result_is_written_beside_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "arch", lambda device: "sm_90")
     path = tmp_path / "tuned.json"
