@@ -83,7 +83,6 @@ def _decode(
 ):  # fmt: skip
     """Fill w_ring.  A thread decodes one block of 64 weights at a time, with a table of its 16 scaled levels."""
     SLOTS: gl.constexpr = words_ring.shape[0]
-    AHEAD: gl.constexpr = absmax_ring.shape[0]
     STAGES: gl.constexpr = w_ring.shape[0]
     BN: gl.constexpr = w_ring.shape[1]
     BK: gl.constexpr = w_ring.shape[2]
@@ -98,7 +97,6 @@ def _decode(
     cube: gl.constexpr = gl.BlockedLayout([1, 1, 8], [32, 1, 1], [BN // 32, B, 1], [2, 1, 0])
     for i in gl.static_range(SLOTS):
         _fetch(words_desc, n0, k0 // 8 + i * 32, words_ready.index(i), words_ring.index(i), WORDS, i < TURNS)
-    for i in gl.static_range(AHEAD):
         column = k0 // 64 + i * 4 * EACH
         _fetch(absmax_desc, n0, column, absmax_ready.index(i), absmax_ring.index(i), ABSMAX, i * EACH < TURNS)
     if NESTED:
@@ -111,8 +109,8 @@ def _decode(
             mbarrier.wait(words_ready.index(slot), turn // SLOTS & 1)
             words = _parts(words_ring.index(slot).load(of_words), PIECES)
             if part == 0:
-                from_slot = group % AHEAD
-                mbarrier.wait(absmax_ready.index(from_slot), group // AHEAD & 1)
+                from_slot = group % SLOTS
+                mbarrier.wait(absmax_ready.index(from_slot), group // SLOTS & 1)
                 absmax = absmax_ring.index(from_slot).load(of_absmax)
             together()
             _fetch(
@@ -120,10 +118,10 @@ def _decode(
                 turn + SLOTS < TURNS,
             )  # fmt: skip
             if part == 0:
-                column = k0 // 64 + (group + AHEAD) * 4 * EACH
+                column = k0 // 64 + (group + SLOTS) * 4 * EACH
                 _fetch(
                     absmax_desc, n0, column, absmax_ready.index(from_slot), absmax_ring.index(from_slot), ABSMAX,
-                    (group + AHEAD) * EACH < TURNS,
+                    (group + SLOTS) * EACH < TURNS,
                 )  # fmt: skip
                 if NESTED:
                     outer = gl.load(nested_ptr + (row * (K // 64) + (k0 // 64 + group * 4 * EACH)) // 256)
@@ -222,7 +220,6 @@ def hopper_kernel(
     BM: gl.constexpr = x_desc.block_shape[0]
     BK: gl.constexpr = x_desc.block_shape[1]
     BN: gl.constexpr = words_desc.block_shape[0]
-    AHEAD: gl.constexpr = SLOTS
     n0 = gl.program_id(0) * BN
     m0 = gl.program_id(1) * BM
     share = gl.program_id(2)
@@ -230,19 +227,17 @@ def hopper_kernel(
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, BK], x_desc.layout)
     w_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BN, BK], gl.NVMMASharedLayout(128, 16))
     words_ring = gl.allocate_shared_memory(gl.int32, [SLOTS, BN, 32], words_desc.layout)
-    absmax_ring = gl.allocate_shared_memory(
-        absmax_desc.dtype, [AHEAD, BN, absmax_desc.block_shape[1]], absmax_desc.layout
-    )
+    ABSMAX: gl.constexpr = absmax_desc.block_shape[1]
+    absmax_ring = gl.allocate_shared_memory(absmax_desc.dtype, [SLOTS, BN, ABSMAX], absmax_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     words_ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    absmax_ready = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], mbarrier.MBarrierLayout())
+    absmax_ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=2)  # x and the weight
         mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(words_ready.index(i), count=1)
-    for i in gl.static_range(AHEAD):
         mbarrier.init(absmax_ready.index(i), count=1)
     fence_async_shared()
     together()
@@ -268,9 +263,8 @@ def hopper_kernel(
 
 def takes(x: Tensor, blocksize: int, nested: bool) -> bool:
     """Whether shape and dtype suit the kernel."""
-    return (
-        x.dtype.itemsize == 2 and blocksize == 64 and x.shape[-1] > 0 and x.shape[-1] % (1024 if nested else TURN) == 0
-    )
+    k = x.shape[-1]
+    return x.dtype.itemsize == 2 and blocksize == 64 and k > 0 and k % (4 * TURN if nested else TURN) == 0
 
 
 def linear_4bit(

@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import compiled
 
 from halfbyte import formats
+from halfbyte.errors import KernelUnusable
 from halfbyte.ops import rules
 from halfbyte_triton import eightbit, fourbit, int8, linear4bit, optimizer
 
@@ -48,9 +49,9 @@ def weight(n=128, k=4096, nested=False, blocksize=64):
     return packed, torch.zeros(blocks, dtype=torch.uint8), torch.zeros(blocks // 256), BOOK, torch.zeros(())
 
 
-def linear(m, dtype=torch.bfloat16, format="nf4", blocksize=64, nested=False, bias=None):
-    args = (*weight(nested=nested, blocksize=blocksize), bias, format, blocksize, 128)
-    return linear4bit.linear_4bit, x(m, dtype=dtype), *args
+def linear(m, dtype=torch.bfloat16, format="nf4", blocksize=64, nested=False, bias=None, k=4096):
+    args = (*weight(k=k, nested=nested, blocksize=blocksize), bias, format, blocksize, 128)
+    return linear4bit.linear_4bit, x(m, k, dtype), *args
 
 
 def update(name, eight, *, dtype=torch.bfloat16, trust=0.0, stochastic=False, book=BOOK, n=300_000):
@@ -148,6 +149,43 @@ def test_product_compiles_to_matrix_instructions(name, arch):
 def test_kernel_compiles(name, arch):
     for one in code(arch, OTHERS[name]):
         assert one.get("cubin") or one.get("hsaco")
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """The kernel for sm_90 as if it had not been tried."""
+    monkeypatch.setattr(linear4bit, "_given_up", set())
+    linear4bit.specialized.cache_clear()
+    yield
+    linear4bit.specialized.cache_clear()
+
+
+def test_kernel_for_sm_90_that_does_not_compile_is_given_up(clean, caplog):
+    if linear4bit.specialized("sm_90") is None:
+        pytest.skip("the installed triton is older than 3.6")
+    tried = []
+
+    def refuse(kernel, *rest, **options):
+        tried.append(kernel.__name__)
+        if kernel.__name__ == "hopper_kernel":
+            raise KernelUnusable("no such instruction")
+
+    function, *args = linear(64)
+    with compiled.patched("sm_90", refuse):
+        function(*args)
+        function(*args)
+
+    assert [one for one in tried if one != "reduce_kernel"] == ["hopper_kernel", "linear_kernel", "linear_kernel"]
+    assert [one.getMessage() for one in caplog.records] == ["the kernel for sm_90 is given up: no such instruction"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": torch.float32}, {"blocksize": 128}, {"format": "fp4", "k": 2176}, {"m": 16}], ids=str
+)
+def test_kernel_for_sm_90_leaves_other_situations_to_the_other(change):
+    function, *args = linear(**{"m": 64, **change})
+
+    assert "hopper_kernel" not in [launch.kernel.__name__ for launch in compiled.launches("sm_90", function, *args)]
 
 
 def test_step_of_the_host_is_no_pointer_of_a_kernel():
