@@ -199,7 +199,7 @@ def linear_4bit(
                 return y
             except KernelUnusable as error:
                 _LOG.warning("the kernel for sm_90 is given up: %s", error)
-                _given_up.add(name)
+                given_up.add(name)
                 specialized.cache_clear()
     tuned = config("linear_4bit", bucket(m, x.dtype), x.device)
     chunk = min(blocksize, tuned.get("CHUNK", 0))  # values of K that one dot covers
@@ -251,14 +251,14 @@ def linear_4bit(
     return y
 
 
-_given_up: set[str] = set()  # archs whose own kernel does not compile
+given_up: set[str] = set()  # archs whose own kernel does not compile
 
 
 @functools.cache
 def specialized(name: str) -> Any:
     """The module with a kernel of an arch's own, where the installed Triton has what it is written in."""
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if name != "sm_90" or name in _given_up or INTERPRETED or version < (3, 6):
+    if name != "sm_90" or name in given_up or INTERPRETED or version < (3, 6):
         return None
     from . import hopper4bit
 

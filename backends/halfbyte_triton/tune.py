@@ -126,8 +126,13 @@ def hopper_candidates(rows: int) -> list[Config]:
     ]
     two = {"BN": [64], "DECODERS": [4], "PROGRAMS": [2], "REGISTERS": [128], "MOST": [128], "num_warps": [4]}
     found += products(STAGES=[2, 3], SLOTS=[2, 3], **two)
-    each = [{"BM": bm, **one} for one in found for bm in (min(rows, 256), 128) if bm <= rows]
-    return [{}, *(one for one in each if hopper_bytes(one) * one["PROGRAMS"] <= 225 * 2**10)]
+    each = [{"BM": bm, **one} for one in found for bm in sorted({min(rows, 256), 128}) if bm <= rows]
+    return [{}, *(one for one in each if hopper_bytes(one) * one["PROGRAMS"] <= 225 * 2**10 and registers_suffice(one))]
+
+
+def registers_suffice(one: Config) -> bool:
+    """A product of 256 columns takes 154 registers a thread, of which sixteen warps have 128."""
+    return one["BM"] < 256 or one["num_warps"] + one["DECODERS"] < 16
 
 
 def hopper_bytes(one: Config) -> int:
@@ -182,11 +187,13 @@ def compile_one(bucket: Bucket, candidate: Config) -> bool:
     """In a process of the pool: leave the code in Triton's cache on disk; whether there is any."""
     launch.compile_only = True
     install(bucket, candidate)
+    linear4bit.given_up.clear()
+    linear4bit.specialized.cache_clear()
     try:
         small_calls(bucket)[0]()
     except KernelUnusable:
         return False
-    return True
+    return not linear4bit.given_up
 
 
 def best(bucket: Bucket, compiled: Sequence[tuple[Config, Future[bool]]], until: float) -> Config | None:

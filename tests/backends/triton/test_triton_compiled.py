@@ -154,7 +154,7 @@ def test_kernel_compiles(name, arch):
 @pytest.fixture
 def clean(monkeypatch):
     """The kernel for sm_90 as if it had not been tried."""
-    monkeypatch.setattr(linear4bit, "_given_up", set())
+    monkeypatch.setattr(linear4bit, "given_up", set())
     linear4bit.specialized.cache_clear()
     yield
     linear4bit.specialized.cache_clear()
