@@ -1,6 +1,7 @@
 """Measures every kernel of linear_4bit that can serve a size, and writes the fastest to tuning.json.
 
-    python -m halfbyte_cuda.tune            # on an idle GPU; prints the table, writes tuning.json beside this file
+    python -m halfbyte_cuda.tune              # on an idle GPU; prints the table, writes tuning.json beside this file
+    python -m halfbyte_cuda.tune --least 96   # for 96 rows of x and more; what the file has for fewer stays
 
 Times are medians over replays of a CUDA graph that takes turns at enough copies of a weight to overflow L2 several
 times, so that every weight comes from memory.
@@ -8,6 +9,7 @@ times, so that every weight comes from memory.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 from pathlib import Path
@@ -88,25 +90,29 @@ def measure(c: Any, n: int, k: int, m: int, copies: list[tuple[Tensor, Tensor]])
 def main() -> None:
     from . import _C
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--least", type=int, default=1, metavar="M", help="rows of x to begin with")
+    least = parser.parse_args().least
+    path = Path(__file__).with_name("tuning.json")
+    before = json.loads(path.read_text())
+    kept = {(row["n"], row["k"]): row["choices"] for row in before["linear_4bit"]}
     table = []
     for n, k in SIZES:
         copies = weights(n, k)
-        choices = {}
-        for m in ROWS:
+        choices = {m: choice for m, choice in kept.get((n, k), {}).items() if int(m) < least}
+        for m in [m for m in ROWS if m >= least]:
             times = measure(_C, n, k, m, copies)
             best = min(times, key=lambda choice: times[choice])
             choices[str(m)] = list(best)
             ranked = sorted(times.items(), key=lambda item: item[1])[:3]
             print(f"{n}x{k} M={m}:", *(f"{'-'.join(map(str, choice))} {us:.1f}" for choice, us in ranked), flush=True)
         table.append({"n": n, "k": k, "choices": choices})
-    document = {
-        "command": "python -m halfbyte_cuda.tune",
-        "device": torch.cuda.get_device_name(),
-        "date": str(datetime.date.today()),
-        "linear_4bit": table,
-    }
-    lines = json.dumps(document, indent=1)
-    Path(__file__).with_name("tuning.json").write_text(lines + "\n")
+    origin = {"device": torch.cuda.get_device_name(), "date": str(datetime.date.today())}
+    document: dict[str, Any] = {"command": "python -m halfbyte_cuda.tune", **origin}
+    if least > 1:
+        document["command"] += f" --least {least}"
+        document["fewer rows"] = {key: before[key] for key in ("command", "device", "date")}
+    path.write_text(json.dumps({**document, "linear_4bit": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
