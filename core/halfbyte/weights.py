@@ -1,7 +1,7 @@
 """Weights that serve many calls: what one call found out about a weight, kept for the next.
 
 A record is found by the Python object that owns the packed bytes, goes when it goes, and holds while all tensors of
-the weight are the same objects, of the same sizes and at the same addresses.
+the weight are the same objects at the same addresses, and the packed one has the same shape and order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Weight:
 
     __slots__ = ("dense", "owner", "place", "statistics", "ways")
 
-    def __init__(self, owner: Tensor, packed: Tensor, statistics: tuple[Tensor | None, ...], place: tuple[int, ...]):
+    def __init__(self, owner: Tensor, packed: Tensor, statistics: tuple[Tensor | None, ...], place: tuple[Any, ...]):
         number = id(owner)
         self.owner = weakref.ref(owner, lambda gone: _forget(number, gone))
         self.statistics, self.place = statistics, place
@@ -56,7 +56,7 @@ def known(
     found = _known.get(id(owner))
     if found is None and type(owner).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None
-    place: tuple[int, ...] = packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel()
+    place: tuple[Any, ...] = packed.data_ptr(), packed.shape, packed.is_contiguous(), absmax.data_ptr(), absmax.numel()
     if nested_absmax is not None and nested_codebook is not None and offset is not None:
         place += nested_absmax.data_ptr(), nested_codebook.data_ptr(), offset.data_ptr()
     statistics = (absmax, nested_absmax, nested_codebook, offset)

@@ -114,6 +114,17 @@ def test_a_changed_weight_is_bound_anew(binding, change):
     del kept
 
 
+@pytest.mark.parametrize("change", [torch.t, lambda rows: rows.view(32, 128)])
+def test_a_record_ends_when_a_weight_is_turned_or_reshaped_in_place(change):
+    rows, absmax = torch.ones(64, 64, dtype=torch.int8), torch.ones(64)
+    before = weights.known(rows, rows, absmax)
+    assert weights.known(rows, rows, absmax) is before
+
+    rows.data = change(rows.data)
+
+    assert weights.known(rows, rows, absmax) is not before
+
+
 def test_a_write_into_a_weight_is_seen(binding):
     packed, state = weight()
     x = torch.randn(2, 64)
