@@ -216,6 +216,15 @@ cudaError_t allow_shared_memory(int device, int bytes) {
   return e;
 }
 
+// Clusters of `size`, and a start before the previous kernel of the stream has ended.
+inline void overlapping(cudaLaunchAttribute (&attributes)[2], int size) {
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = size;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+}
+
 // -- host: tensor maps -----------------------------------------------------------------------------------------
 
 using EncodeTensorMap = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,

@@ -307,13 +307,9 @@ const char* launch_tile(const Linear4& a, int log_splits) {
   config.gridDim = n_tiles * m_tiles << log_splits, config.blockDim = L::kThreads,
   config.dynamicSmemBytes = L::kBytes;
   config.stream = static_cast<cudaStream_t>(a.stream);
-  cudaLaunchAttribute attribute[2];
-  attribute[0].id = cudaLaunchAttributeClusterDimension;
-  attribute[0].val.clusterDim.x = 1 << log_splits,
-  attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
-  attribute[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attribute, config.numAttrs = a.overlap ? 2 : 1;
+  cudaLaunchAttribute attributes[2];
+  overlapping(attributes, 1 << log_splits);
+  config.attrs = attributes, config.numAttrs = a.overlap ? 2 : 1;
   e = cudaLaunchKernelEx(&config, kernel, w, x, levels_of<T>(a.weight.format), scales_of(a),
                          static_cast<const T*>(a.bias), static_cast<T*>(a.y), static_cast<int>(a.m),
                          static_cast<int>(a.n), static_cast<int>(a.k), log_splits, m_tiles);

@@ -213,13 +213,9 @@ const char* launch_tiles(const Linear4& a, const Plan& plan, int threads, int by
   config.gridDim = plan.splits > 1 ? tiles * plan.splits : std::min(tiles, room);
   config.blockDim = threads, config.dynamicSmemBytes = bytes,
   config.stream = static_cast<cudaStream_t>(a.stream);
-  cudaLaunchAttribute attribute[2];
-  attribute[0].id = cudaLaunchAttributeClusterDimension;
-  attribute[0].val.clusterDim.x = plan.splits,
-  attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
-  attribute[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attribute, config.numAttrs = a.overlap ? 2 : 1;
+  cudaLaunchAttribute attributes[2];
+  overlapping(attributes, plan.splits);
+  config.attrs = attributes, config.numAttrs = a.overlap ? 2 : 1;
   e = cudaLaunchKernelEx(&config, Kernel, arguments...);
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }

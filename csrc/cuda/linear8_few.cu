@@ -2,9 +2,9 @@
 //
 // In        as in linear8_tile.cu.
 // Work      128 rows of the weight are wgmma's rows, BM rows of x its columns.  Two warpgroups have 64 rows each; one thread
-//           feeds their ring, 128 of k a stage, and starts with the weight before the rows of x are quantized.  Blocks of a
-//           cluster share k, and the outlier columns in their part of it: three warps gather up to 32, who multiply the rest.  All parts
-//           add up in the order of k, through shared memory.
+//           feeds their ring, 128 of k a stage, and starts with the weight before the rows of x are quantized.  Blocks of
+//           a cluster share k, and the outlier columns in their part of it: three warps gather the first 32, those who
+//           multiply the others.  All parts add up in the order of k, through shared memory.
 // Limits    those of gemm8.h.
 // Bound by  memory: one byte per weight.
 // Agrees    within the op's tolerance: a block's integer sums are exact, the sum of blocks is in float32, rounded once.
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
     mbarrier_wait(full + 8 * stage, parity);
-    const uint64_t w = rows_of_128(base + stage * L::kW + half * 64 * 128),
-                   q = rows_of_128(base + L::kQ_at + stage * L::kQ);
+    const uint64_t w = swizzled_rows(base + stage * L::kW + half * 64 * 128),
+                   q = swizzled_rows(base + L::kQ_at + stage * L::kQ);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma(sum, w + 2 * k, q + 2 * k, i | k);
@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(384, 1)
       if (m + i * step >= rows || n >= a.n) continue;
       T* to = a.y + static_cast<int64_t>(m0 + m + i * step) * a.n + n;
       const uint2 pairs =
-          make_uint2(two(fmaf(total[i].x, scale[0], bias[0]), fmaf(total[i].y, scale[1], bias[1]), T()),
-                     two(fmaf(total[i].z, scale[2], bias[2]), fmaf(total[i].w, scale[3], bias[3]), T()));
+          make_uint2(pack(fmaf(total[i].x, scale[0], bias[0]), fmaf(total[i].y, scale[1], bias[1]), T()),
+                     pack(fmaf(total[i].z, scale[2], bias[2]), fmaf(total[i].w, scale[3], bias[3]), T()));
       if (a.n % 4 == 0) {
         *reinterpret_cast<uint2*>(to) = pairs;
       } else {

@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll 1
     for (int i = 0; i < slices; ++i) {
       mbarrier_wait(full + 8 * stage, parity);
-      const uint64_t x = rows_of_128(base + stage * L::kA + half * 64 * 128),
-                     w = rows_of_128(base + L::kB_at + stage * L::kB);
+      const uint64_t x = swizzled_rows(base + stage * L::kA + half * 64 * 128),
+                     w = swizzled_rows(base + L::kB_at + stage * L::kB);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) wgmma(sum, x + 2 * k, w + 2 * k, i | k);
@@ -203,9 +203,9 @@ __global__ void __launch_bounds__(384, 1)
         const float2 b = *reinterpret_cast<const float2*>(bias + column);
         const int* of = sum + 4 * (j + i);
         (&pairs[0].x)[i] =
-            two(fmaf(__int_as_float(of[0]), s.x, b.x), fmaf(__int_as_float(of[1]), s.y, b.y), T());
+            pack(fmaf(__int_as_float(of[0]), s.x, b.x), fmaf(__int_as_float(of[1]), s.y, b.y), T());
         (&pairs[1].x)[i] =
-            two(fmaf(__int_as_float(of[2]), s.x, b.x), fmaf(__int_as_float(of[3]), s.y, b.y), T());
+            pack(fmaf(__int_as_float(of[2]), s.x, b.x), fmaf(__int_as_float(of[3]), s.y, b.y), T());
       }
       const int n = n0 + 8 * (j + t);
 #pragma unroll

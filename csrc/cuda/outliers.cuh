@@ -111,15 +111,6 @@ __device__ __forceinline__ void list_outliers(const Rows8& rows, int first, int 
   feeders_sync();
 }
 
-__device__ __forceinline__ uint32_t two(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ __forceinline__ uint32_t two(float low, float high, __half) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // Rows of `value(row, column)` at `listed` of at most kGathered columns, which are in shared memory, as a wgmma operand
 // at `to`, zeros elsewhere.  All loads of a row's piece are under way together.
 template <class T, int kRows, int kThreads, class Value>
@@ -136,8 +127,8 @@ __device__ __forceinline__ void gather(uint8_t* to, const int* columns, int list
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] = j < some ? v[j] : 0.f;
-      *reinterpret_cast<uint4*>(to + row * 64 + ((piece ^ (row >> 1 & 3)) << 4)) =
-          make_uint4(two(v[0], v[1], T()), two(v[2], v[3], T()), two(v[4], v[5], T()), two(v[6], v[7], T()));
+      *reinterpret_cast<uint4*>(to + row * 64 + ((piece ^ (row >> 1 & 3)) << 4)) = make_uint4(
+          pack(v[0], v[1], T()), pack(v[2], v[3], T()), pack(v[4], v[5], T()), pack(v[6], v[7], T()));
     }
   }
 }
@@ -161,10 +152,7 @@ __device__ __forceinline__ void gather_x(uint8_t* to, const Layer8<T>& a, int ro
   });
 }
 
-// The operand at `address` in shared memory, rows of 128 (the copies of int8) or 64 bytes (gathered), swizzled.
-__device__ __forceinline__ uint64_t rows_of_128(uint32_t address) {
-  return (1ull << 62) | (64ull << 32) | (1ull << 16) | (address & 0x3ffff) >> 4;
-}
+// wgmma's descriptor of gathered rows of 64 bytes with their swizzle.
 __device__ __forceinline__ uint64_t rows_of_64(uint32_t address) {
   return (2ull << 62) | (32ull << 32) | (1ull << 16) | (address & 0x3ffff) >> 4;
 }
@@ -178,15 +166,6 @@ inline bool int8_map(CUtensorMap* map, const void* p, int64_t rows, int64_t k, i
   const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(box_rows)};
   return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, p, dims, strides, box,
                            CU_TENSOR_MAP_SWIZZLE_128B);
-}
-
-// Clusters of `size`, and a start before the previous kernel of the stream has ended.
-inline void overlapping(cudaLaunchAttribute (&attributes)[2], int size) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = size;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
 }
 
 }  // namespace halfbyte::cuda

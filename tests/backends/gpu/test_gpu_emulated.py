@@ -171,7 +171,9 @@ def test_linear_by_small_slabs_agrees(kernel, generator, monkeypatch, one_thread
 
 def test_slabs_stay_within_their_bound():
     for count, each in ((4096, 8192), (7, 1 << 20), (28672, 2 * 8192), (5, 3)):
-        largest = native_gpu._slab_size(count, each, multiple=1) * each
+        size = native_gpu._slab_size(count, each, multiple=1)
+        assert size > 0  # or no slab would ever reach the last row
+        largest = size * each
         assert largest <= max(native_gpu.SLAB, each)
         assert largest <= max(count * each / 2, 1 << 20)
 
