@@ -24,6 +24,7 @@ ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 ELEMENTS = 2**29
 PARAMETERS = 2**30
 IN_A_ROW = 4
+LIBRARIES = ("halfbyte", "bitsandbytes", "torch")
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Case:
     kind       "graph" (calls that take turns in a CUDA graph), "stream" (events around calls in a row) or "host"
     bytes      what must at least be read and written
     prepare    library -> calls on different copies of the data; none where it has no such thing
+    libraries  that are asked
     """
 
     name: str
     kind: str
     bytes: int
     prepare: Callable[[str], list[Call]]
+    libraries: tuple[str, ...] = LIBRARIES
 
 
 @dataclass
@@ -78,6 +81,8 @@ def _linear(n: int, k: int, m: int, nested: bool) -> Case:
             weights = [dense.clone() for _ in range(_copies(2 * n * k))]
             return [partial(torch.nn.functional.linear, x, w) for w in weights]
         copies = _copies(n * k // 2)
+        if library == "humming":
+            return [partial(layer, x) for layer in _humming(dense, copies)]
         if library == "halfbyte":
             from halfbyte import functional
 
@@ -90,7 +95,22 @@ def _linear(n: int, k: int, m: int, nested: bool) -> Case:
 
     scales = n * k // 64 * (1 if nested else 4)
     name = f"nf4{' nested' if nested else ''} linear {n}x{k}, bf16, M={m}"
-    return Case(name, "graph", n * k // 2 + scales + 2 * m * (n + k), prepare)
+    peers = LIBRARIES if nested else (*LIBRARIES, "humming")
+    return Case(name, "graph", n * k // 2 + scales + 2 * m * (n + k), prepare, peers)
+
+
+def _humming(dense: torch.Tensor, copies: int) -> list[Any]:
+    """Layers of int4 with a scale in bf16 for every 64 weights; a kernel is compiled when it is first called."""
+    from humming.layer import HummingLayer  # type: ignore[import-not-found, unused-ignore]
+
+    n, k = dense.shape
+    layers = []
+    for _ in range(copies):
+        layer = HummingLayer(n, k, weight_config={"dtype": "int4", "group_size": 64}, torch_dtype=BF16).cuda()
+        layer.load_from_unquantized(dense)
+        layer.transform()
+        layers.append(layer)
+    return layers
 
 
 def _blockwise(op: str, bits: int, dtype: torch.dtype) -> Case:
@@ -222,7 +242,8 @@ def run(
             progress(case.name)
             timers = {}
             for library in libraries:
-                if calls := case.prepare(library):
+                calls = case.prepare(library) if library in case.libraries else []
+                if calls:
                     timers[library] = _timer(case.kind, calls)
                 del calls
             for _ in range(rounds):

@@ -15,6 +15,7 @@ from ..errors import InputError
 from .output import require_writable
 
 LIBRARIES = ("halfbyte", "bitsandbytes", "torch")
+PEERS = ("humming",)  # only where asked for
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.run import run as measure
 
     libraries = [name.strip() for name in args.libraries.split(",")]
-    if unknown := set(libraries) - set(LIBRARIES):
-        raise InputError(f"--libraries must list some of {', '.join(LIBRARIES)}; got {sorted(unknown)[0]!r}")
+    if unknown := set(libraries) - {*LIBRARIES, *PEERS}:
+        raise InputError(f"--libraries must list some of {', '.join((*LIBRARIES, *PEERS))}; got {sorted(unknown)[0]!r}")
     if args.threads < 1 or args.rounds < 1:
         raise InputError(f"--threads and --rounds must be at least 1; got {args.threads} and {args.rounds}")
     require_writable(args.markdown, args.json, args.plot)
