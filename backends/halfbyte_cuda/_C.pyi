@@ -291,3 +291,28 @@ def linear_int8_tensor(
     stream: int,
     /,
 ) -> None: ...
+def has_cublas() -> bool:
+    """Whether the process has loaded a cuBLAS that linear_4bit_backward can call."""
+
+def linear_4bit_backward(
+    dy: int,
+    dtype: int,
+    packed: int,
+    absmax: int,
+    nested: int,
+    codebook: int,
+    offset: int,
+    format: int,
+    blocksize: int,
+    m: int,
+    n: int,
+    k: int,
+    slab: int,
+    columns: int,
+    dx: int,
+    handle: int,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """`slab` has room for `columns` columns of the weight; `handle` is cuBLAS's for the device and the stream."""

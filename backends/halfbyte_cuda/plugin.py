@@ -20,6 +20,11 @@ TENSOR_CORES: Mapping[str, Collection[object]] = {
     "blocksize": {64, 128, 256, 512, 1024, 2048, 4096},
     "dtype": {torch.float16, torch.bfloat16},
 }
+CUBLAS: Mapping[str, Collection[object]] = {
+    "format": {"nf4", "fp4"},
+    "blocksize": {32, 64, 128, 256, 512, 1024, 2048, 4096},
+    "dtype": {torch.float16, torch.bfloat16},
+}
 TENSOR_CORES_INT8: Mapping[str, Collection[object]] = {"mode": {"exact"}, "dtype": {torch.float16, torch.bfloat16}}
 
 
@@ -50,10 +55,20 @@ class CudaBackend(Backend):
     def kernels(self) -> Iterable[Kernel]:
         from halfbyte import native_gpu, native_gpu_optimizer
 
-        from . import _C, linear4bit, linear8bit
+        from . import _C, backward4bit, linear4bit, linear8bit
 
         yield from native_gpu.kernels(_C)
         yield from native_gpu_optimizer.kernels(_C)
+        if _C.has_cublas():
+            yield Kernel(
+                "linear_4bit_backward",
+                functools.partial(backward4bit.linear_4bit_backward, _C),
+                limits=CUBLAS,
+                cc=((8, 0), None),
+                priority=10,
+                variant="cublas",
+                bind=functools.partial(backward4bit.bind_linear_4bit_backward, _C),
+            )
         if "90a" in _C.archs():
             yield Kernel(
                 "linear_4bit",

@@ -217,8 +217,8 @@ def bind_linear_4bit_backward(
             return dy.new_zeros(*rows, in_features)
         dx = dy.new_empty(*rows, in_features)
         dy, out = dy.contiguous().view(m, n), dx.view(m, in_features)
-        size = _slab_size(in_features, n * dy.element_size(), multiple=64)
-        part, first = dy.new_empty(n, min(size, in_features)), 0
+        size = slab_columns(n, in_features, dy.element_size())
+        part, first = dy.new_empty(n, size), 0
         for columns in out.unsafe_split(size, 1):
             count = columns.shape[1]
             if count < size:  # the last one
@@ -291,6 +291,11 @@ def _slab_size(count: int, each: int, *, multiple: int, most: int | None = None)
     """
     size = (most or min(SLAB, max(_LEAST, count * each // 2))) // each
     return max(multiple, size // multiple * multiple)
+
+
+def slab_columns(n: int, k: int, itemsize: int) -> int:
+    """How many columns of a weight (n, k) a backward dequantizes at a time."""
+    return min(k, _slab_size(k, n * itemsize, multiple=64))
 
 
 def by_slabs(x: Tensor, slab: Callable[[int, int], Tensor], bias: Tensor | None, n: int) -> Tensor:

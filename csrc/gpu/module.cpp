@@ -9,6 +9,7 @@ using namespace halfbyte::gpu;
 namespace halfbyte::gpu {
 void bind_gemm(py::module_& module);  // ../cuda
 void bind_gemm8(py::module_& module);
+void bind_backward4(py::module_& module);
 void bind_sycl(py::module_& module);  // ../sycl
 }  // namespace halfbyte::gpu
 
@@ -183,6 +184,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
 #ifdef HALFBYTE_GEMM
   bind_gemm(module);
   bind_gemm8(module);
+  bind_backward4(module);
 #endif
 #ifdef HALFBYTE_SYCL
   bind_sycl(module);
