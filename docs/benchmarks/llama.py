@@ -75,8 +75,9 @@ SCRIPTS = [
     "qlora.py model adapter",
     "merge.py model adapter merged",
     "train_8bit_optimizer.py model",
-    "offload.py model --memory 1MiB",
+    "offload.py model --memory {room}",
 ]
+ROOM = {"tiny": "1MiB", "8b": "3GiB"}  # for some of the model's modules, not for all
 
 
 def main() -> int:
@@ -102,10 +103,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", metavar="DIR", help="where the model and what scripts write goes and stays")
     parser.add_argument("--profile", metavar="DIR", help="write there what a call of each case and library spends")
     arguments = parser.parse_args()
-    arguments.scripts = [words for words in SCRIPTS if re.search(arguments.cases, f"example, {words}")]
+    scripts = [words.format(room=ROOM[arguments.size]) for words in SCRIPTS]
+    arguments.scripts = [words for words in scripts if re.search(arguments.cases, f"example, {words}")]
     every, arguments.cases = arguments.cases, [case for case in CASES if re.search(arguments.cases, case.name)]
     if not arguments.cases and not arguments.scripts:
-        names = [case.name for case in CASES] + [f"example, {words}" for words in SCRIPTS]
+        names = [case.name for case in CASES] + [f"example, {words}" for words in scripts]
         parser.error(f"--cases {every!r} matches none of: {'; '.join(names)}")
     arguments.libraries = arguments.libraries.split(",")
     if unknown := set(arguments.libraries) - set(LIBRARIES):

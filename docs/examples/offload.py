@@ -29,6 +29,8 @@ def main() -> None:
         places = infer_auto_device_map(
             model, {device: arguments.memory}, no_split_module_classes=model._no_split_modules
         )
+        if set(places.values()) == {"disk"}:
+            parser.error(f"--memory {arguments.memory} has no room for any module of the model")
         model = dispatch_model(model, places, main_device=device, offload_dir=folder, force_hooks=True)
         after = model(prompt).logits
         away = sum(place == "disk" for place in places.values())
