@@ -272,7 +272,7 @@ def linear_4bit_wide(
     stream: int,
     /,
 ) -> None: ...
-def linear_int8_tensor_workspace(m: int, k: int, /) -> int:
+def linear_int8_tensor_workspace(m: int, n: int, k: int, threshold: float, /) -> int:
     """Bytes that linear_int8_tensor works in."""
 
 def linear_int8_tensor(

@@ -39,7 +39,7 @@ def bind_linear_int8(c: Any, weight: Tensor, weight_absmax: Tensor, threshold: f
         if bias is not None:
             bias = bias.contiguous()
         y = x.new_empty(*x.shape[:-1], n)
-        workspace = x.new_empty(c.linear_int8_tensor_workspace(m, k), dtype=torch.uint8)
+        workspace = x.new_empty(c.linear_int8_tensor_workspace(m, n, k, threshold), dtype=torch.uint8)
         c.linear_int8_tensor(
             x.data_ptr(),
             DTYPES[x.dtype],

@@ -272,6 +272,7 @@ const char* linear_int8_tensor(const Linear8& a) {
       ++log_splits;
     return linear_int8_few(a, rows, columns, log_splits);
   }
+  if (const char* error = collect_outliers(a, rows)) return error;
   // Waves of 66 clusters, by the time of one; as measured, narrow tiles take 1.5 times as long for an output.
   const auto waves = [&](int64_t columns) {
     return ((a.m + 255) / 256 * ((a.n + columns - 1) / columns) + 65) / 66 * columns;

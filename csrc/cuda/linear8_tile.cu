@@ -3,8 +3,9 @@
 // In        quantized rows and the names of outlier columns, from quantize8_rows.cu; the weight int8 [n, k].
 // Work      Two warpgroups multiply 64 x BN outputs each, of a tile of 128 x BN; one thread feeds their ring, 128 of k a
 //           stage.  A cluster of two has two tiles below each other, and each block copies half of the weight's rows for
-//           both.  Meanwhile three warps make what ends a tile: scales, bias and the operands of the first 32 outlier
-//           columns, for wgmma in 16 bits onto the scaled sums.  Those who multiply gather further columns themselves.
+//           both.  Meanwhile three warps make what ends a tile: scales, bias and the operands of a few outlier columns,
+//           for wgmma in 16 bits onto the scaled sums.  More have been collected by collect8.cu, and come through the ring;
+//           what it had no room for those who multiply gather themselves.
 // Limits    those of gemm8.h.
 // Bound by  the tensor cores.
 // Agrees    integer sums exactly; then within the op's tolerance: in float32, rounded once.
@@ -55,10 +56,17 @@ __device__ __forceinline__ uint4 transpose(uint4 v, int t) {
   return v;
 }
 
+// Of so many outlier columns those that collect8.cu has collected.
+__device__ __forceinline__ int collected_of(const Rows8& rows, int count) {
+  return rows.x != nullptr && count > kFewOutliers ? min(count, rows.room) : 0;
+}
+
 template <class T, int BN>
 __global__ void __launch_bounds__(384, 1)
     tile8(const __grid_constant__ CUtensorMap qmap, const __grid_constant__ CUtensorMap wmap,
-          const __grid_constant__ Layer8<T> a, const Order order) {
+          const __grid_constant__ CUtensorMap collected_x,
+          const __grid_constant__ CUtensorMap collected_weight, const __grid_constant__ Layer8<T> a,
+          const Order order) {
 #ifdef HALFBYTE_SM90A
   using L = Tile8<BN>;
   extern __shared__ __align__(1024) uint8_t smem[];
@@ -84,12 +92,14 @@ __global__ void __launch_bounds__(384, 1)
     const int worker = tid - 9 * 32;
     if (worker >= 0) {
       wait_for_previous_kernel();
-      if (a.rows.named)
+      if (a.rows.x != nullptr) {
+        if (worker == 0) found->count = __ldcg(a.rows.count);
+      } else if (a.rows.named)
         list_outliers(a.rows, 0, slices, reinterpret_cast<uint32_t*>(smem + L::kMask_at), found, worker);
       else if (worker == 0)
         found->count = 0;
       feeders_sync();
-      const int listed = found->count;
+      const int collected = collected_of(a.rows, found->count), listed = found->count - collected;
       uint32_t turn = 1;
       for (int tile = first_tile; tile < tiles; tile += step, turn ^= 1) {
         const int2 at = order.at(tile);
@@ -103,9 +113,10 @@ __global__ void __launch_bounds__(384, 1)
           bias[i] = there && a.bias ? to_float(a.bias[n0 + i]) : 0.f;
         }
         if (listed > 0) {
-          if (listed > kGathered) {  // those who multiply leave others here
+          if (listed > kGathered || a.rows.x != nullptr) {  // those who multiply leave others here
             feeders_sync();
-            if (worker < kGathered) found->columns[worker] = __ldcg(a.rows.list + worker);
+            if (worker < min(listed, kGathered))
+              found->columns[worker] = __ldcg(a.rows.list + collected + worker);
             feeders_sync();
           }
           const int some = min(listed, kGathered);
@@ -119,17 +130,21 @@ __global__ void __launch_bounds__(384, 1)
       const uint64_t keep = evict_last();
       wait_for_previous_kernel();
       let_next_kernel_start();
+      const int collected = a.rows.x == nullptr ? 0 : collected_of(a.rows, __ldcg(a.rows.count));
+      const int all = slices + (collected + 63) / 64;
       int stage = 0;
       uint32_t turn = 1;
       for (int tile = first_tile; tile < tiles; tile += step) {
         const int2 at = order.at(tile);
         const int m0 = (2 * at.x + rank) * L::kRows, n0 = at.y * BN + rank * (BN / 2);
-        for (int i = 0; i < slices; ++i) {
+        for (int i = 0; i < all; ++i) {
+          const bool integers = i < slices;
+          const int k = integers ? i * 128 : (i - slices) * 64;  // 128 bytes of a row
           mbarrier_wait(empty + 8 * stage, turn);
           mbarrier_expect(full + 8 * stage, L::kA + L::kB);
-          copy_box(base + stage * L::kA, &qmap, i * 128, m0, full + 8 * stage, keep);
-          copy_box_to_all(base + L::kB_at + stage * L::kB + rank * (L::kB / 2), &wmap, i * 128, n0,
-                          full + 8 * stage, 3, keep);
+          copy_box(base + stage * L::kA, integers ? &qmap : &collected_x, k, m0, full + 8 * stage, keep);
+          copy_box_to_all(base + L::kB_at + stage * L::kB + rank * (L::kB / 2),
+                          integers ? &wmap : &collected_weight, k, n0, full + 8 * stage, 3, keep);
           if (++stage == L::kDepth) stage = 0, turn ^= 1;
         }
       }
@@ -148,23 +163,27 @@ __global__ void __launch_bounds__(384, 1)
   for (int tile = first_tile; tile < tiles; tile += step, turn ^= 1) {
     int sum[BN / 2];
     int before = 0;
+    // Products of what comes through the ring, one group of them under way.
+    const auto multiply = [&](int count, const auto& product) {
 #pragma unroll 1
-    for (int i = 0; i < slices; ++i) {
-      mbarrier_wait(full + 8 * stage, parity);
-      const uint64_t x = swizzled_rows(base + stage * L::kA + half * 64 * 128),
-                     w = swizzled_rows(base + L::kB_at + stage * L::kB);
-      wgmma_fence();
+      for (int i = 0; i < count; ++i) {
+        mbarrier_wait(full + 8 * stage, parity);
+        const uint64_t x = swizzled_rows(base + stage * L::kA + half * 64 * 128),
+                       w = swizzled_rows(base + L::kB_at + stage * L::kB);
+        wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma(sum, x + 2 * k, w + 2 * k, i | k);
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (i > 0) release(before);
-      before = stage;
-      if (++stage == L::kDepth) stage = 0, parity ^= 1;
-    }
-    wgmma_wait();
-    pin(sum);
-    release(before);
+        for (int k = 0; k < 4; ++k) product(x + 2 * k, w + 2 * k, i | k);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (i > 0) release(before);
+        before = stage;
+        if (++stage == L::kDepth) stage = 0, parity ^= 1;
+      }
+      wgmma_wait();
+      pin(sum);
+      release(before);
+    };
+    multiply(slices, [&](uint64_t x, uint64_t w, int follows) { wgmma(sum, x, w, follows); });
 
     const int2 at = order.at(tile);
     const int m0 = (2 * at.x + rank) * L::kRows, n0 = at.y * BN;
@@ -173,12 +192,14 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
     for (int i = 0; i < BN / 2; ++i)
       sum[i] = __float_as_int(static_cast<float>(sum[i]) * (i & 2 ? high : low));
-    const int listed = found->count;
+    const int collected = collected_of(a.rows, found->count), listed = found->count - collected;
+    if (collected > 0)
+      multiply((collected + 63) / 64, [&](uint64_t x, uint64_t w, int) { wgmma_add(sum, x, w, T()); });
     for (int first = 0; first < listed; first += kGathered) {
       const int some = min(listed - first, kGathered);
       if (first > 0) {
         asm volatile("bar.sync 2, 256;" ::: "memory");
-        if (tid < some) found->columns[tid] = __ldcg(a.rows.list + first + tid);
+        if (tid < some) found->columns[tid] = __ldcg(a.rows.list + collected + first + tid);
         asm volatile("bar.sync 2, 256;" ::: "memory");
         gather_weight<T, BN, 256>(smem + L::kWeight_at, a, n0, found->columns, some, tid);
         gather_x<T, L::kRows, 256>(smem + L::kX_at, a, m0, found->columns, some, tid);
@@ -231,11 +252,23 @@ __global__ void __launch_bounds__(384, 1)
 #endif
 }
 
+bool collected_map(CUtensorMap* map, const void* p, int64_t rows, int room, int box_rows) {
+  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(room), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(room) * 2};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p, dims, strides, box,
+                           CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
 template <class T, int BN>
 const char* launch(const Linear8& a, const Rows8& rows) {
   using L = Tile8<BN>;
   CUtensorMap q, w;
   if (!int8_map(&q, rows.q, a.m, a.k, L::kRows) || !int8_map(&w, a.weight, a.n, a.k, BN / 2))
+    return "linear_int8: the driver refused a tensor map";
+  CUtensorMap x = q, weight = w;  // nobody reads them where nothing is collected
+  if (rows.x != nullptr && (!collected_map(&x, rows.x, a.m, rows.room, L::kRows) ||
+                            !collected_map(&weight, rows.weight, a.n, rows.room, BN / 2)))
     return "linear_int8: the driver refused a tensor map";
   int device = 0, processors = 0;
   cudaError_t e = cudaGetDevice(&device);
@@ -252,7 +285,7 @@ const char* launch(const Linear8& a, const Rows8& rows) {
   cudaLaunchAttribute attributes[2];
   overlapping(attributes, 2);
   config.attrs = attributes, config.numAttrs = 2;
-  e = cudaLaunchKernelEx(&config, tile8<T, BN>, q, w, layer_of<T>(a, rows), order);
+  e = cudaLaunchKernelEx(&config, tile8<T, BN>, q, w, x, weight, layer_of<T>(a, rows), order);
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 

@@ -38,7 +38,10 @@ Layer8<T> layer_of(const Linear8& a, const Rows8& rows) {
           rows};
 }
 
-__device__ __forceinline__ void feeders_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kFeeders) : "memory"); }
+template <int kThreads = kFeeders>
+__device__ __forceinline__ void feeders_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
 
 // What is known of the outlier columns in a part of k, in shared memory.
 struct Found {
@@ -48,14 +51,14 @@ struct Found {
   uint8_t blocks[kMostBlocks8];
 };
 
-// Lists the outlier columns among 128 * [first, first + slices) in rows.list + 128 * first, ascending.  Every block that
-// asks for a range writes the same.  mask: 16 bytes of shared memory per slice.
-__device__ __forceinline__ void list_outliers(const Rows8& rows, int first, int slices, uint32_t* mask,
+// Sets the bits of the outlier columns among 128 * [first, first + slices) in mask, 16 bytes of shared memory per slice.
+template <int kThreads = kFeeders>
+__device__ __forceinline__ void mark_outliers(const Rows8& rows, int first, int slices, uint32_t* mask,
                                               Found* found, int thread) {
-  for (int i = thread; i < slices * 4; i += kFeeders) mask[i] = 0;
+  for (int i = thread; i < slices * 4; i += kThreads) mask[i] = 0;
   if (thread == 0) found->many = 0;
-  feeders_sync();
-  for (int block = thread; block < rows.blocks; block += kFeeders) {
+  feeders_sync<kThreads>();
+  for (int block = thread; block < rows.blocks; block += kThreads) {
     const uint4 named = __ldcg(reinterpret_cast<const uint4*>(rows.named) + block);
     const uint32_t of[4] = {named.x, named.y, named.z, named.w};
     const int size = of[0] & 0xffff;
@@ -67,28 +70,32 @@ __device__ __forceinline__ void list_outliers(const Rows8& rows, int first, int 
         atomicOr(mask + column / 32, 1u << column % 32);
     }
   }
-  feeders_sync();
-  constexpr int kAtOnce = 4;
-  const int total = found->many * slices;
-  for (int start = thread; start < total; start += kFeeders * kAtOnce) {
-    uint4 bits[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int at = min(start + i * kFeeders, total - 1), of = at / slices;
-      bits[i] = __ldcg(reinterpret_cast<const uint4*>(rows.masks +
-                                                      static_cast<int64_t>(found->blocks[of]) * rows.pitch +
-                                                      (first + at - of * slices) * 16));
+  feeders_sync<kThreads>();
+  // A thread looks at 128 columns of every so-manieth block.
+  const int many = found->many, groups = max(1, min(kThreads / slices, many));
+  for (int item = thread; many > 0 && item < groups * slices; item += kThreads) {
+    const int group = item / slices, slice = item - group * slices;
+    uint4 bits = {};
+#pragma unroll 4
+    for (int i = group; i < many; i += groups) {
+      const uint4 more = __ldcg(reinterpret_cast<const uint4*>(
+          rows.masks + static_cast<int64_t>(found->blocks[i]) * rows.pitch + (first + slice) * 16));
+      bits.x |= more.x, bits.y |= more.y, bits.z |= more.z, bits.w |= more.w;
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      uint32_t* to = mask + min(start + i * kFeeders, total - 1) % slices * 4;
-      if (bits[i].x) atomicOr(to, bits[i].x);
-      if (bits[i].y) atomicOr(to + 1, bits[i].y);
-      if (bits[i].z) atomicOr(to + 2, bits[i].z);
-      if (bits[i].w) atomicOr(to + 3, bits[i].w);
-    }
+    uint32_t* to = mask + slice * 4;
+    if (bits.x) atomicOr(to, bits.x);
+    if (bits.y) atomicOr(to + 1, bits.y);
+    if (bits.z) atomicOr(to + 2, bits.z);
+    if (bits.w) atomicOr(to + 3, bits.w);
   }
-  if (total > 0) feeders_sync();
+  if (many > 0) feeders_sync<kThreads>();
+}
+
+// Lists the outlier columns of that range in rows.list + 128 * first, ascending.  Every block that asks for a range
+// writes the same.
+__device__ __forceinline__ void list_outliers(const Rows8& rows, int first, int slices, uint32_t* mask,
+                                              Found* found, int thread) {
+  mark_outliers(rows, first, slices, mask, found, thread);
   if (thread < 32) {
     const int each = (slices * 4 + 31) / 32, begin = thread * each, end = min(begin + each, slices * 4);
     int own = 0;
@@ -109,6 +116,14 @@ __device__ __forceinline__ void list_outliers(const Rows8& rows, int first, int 
     }
   }
   feeders_sync();
+}
+
+// What the integers of a row miss of x.
+template <class T>
+__device__ __forceinline__ float missing(const Layer8<T>& a, int row, int column) {
+  const int64_t at = static_cast<int64_t>(row) * a.k + column;
+  return fmaf(static_cast<float>(__ldg(a.rows.q + at)), -__ldg(a.rows.absmax + row) * kPer127,
+              to_float(__ldg(a.x + at)));
 }
 
 // Rows of `value(row, column)` at `listed` of at most kGathered columns, which are in shared memory, as a wgmma operand
@@ -145,10 +160,7 @@ template <class T, int kRows, int kThreads>
 __device__ __forceinline__ void gather_x(uint8_t* to, const Layer8<T>& a, int row0, const int* columns,
                                          int listed, int thread) {
   gather<T, kRows, kThreads>(to, columns, listed, thread, [&](int row, int column) {
-    const int m = min(row0 + row, a.m - 1);
-    const int64_t at = static_cast<int64_t>(m) * a.k + column;
-    return fmaf(static_cast<float>(__ldg(a.rows.q + at)), -__ldg(a.rows.absmax + m) * kPer127,
-                to_float(__ldg(a.x + at)));
+    return missing(a, min(row0 + row, a.m - 1), column);
   });
 }
 

@@ -7,6 +7,8 @@
 // Limits    k % 16 == 0 and k <= 32768; pointers aligned to 16 bytes.
 // Bound by  memory: reads 2 and writes 1 byte per value; with few rows by latency.
 // Agrees    bit for bit with ops/int8.py but for whole columns, which it does not clear.
+#include <algorithm>
+
 #include "../gpu/rows8.cuh"
 #include "halfbyte/gemm8.h"
 #include "hopper.cuh"
@@ -17,6 +19,7 @@ namespace {
 using namespace halfbyte::gpu;
 
 constexpr int kMostThreads = 1024;
+constexpr int64_t kMostCollected = 128 << 20, kLeastRoom = 256;  // bytes, columns
 
 // The largest magnitude below the threshold.  What must become 0 is 0 afterwards: outliers, which are noted in `found`, a
 // byte for each vector, and what is not finite.
@@ -142,30 +145,49 @@ Shape shape_of(int64_t m, int64_t k) {
 
 // Where the parts of a workspace begin, and its size.
 struct Places {
-  int64_t absmax, named, masks, list, size;
+  int64_t absmax, named, masks, list, count, x, weight, size;
+  int room;
 };
-Places places_of(int64_t m, int64_t k) {
-  const auto up = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+Places places_of(int64_t m, int64_t n, int64_t k, bool threshold) {
+  const auto up = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
   const int64_t blocks = shape_of(m, k).blocks, pitch = (k + 127) / 128 * 16;
-  const int64_t absmax = up(m * k), named = absmax + up(4 * m), masks = named + blocks * 2 * (1 + kNamed);
-  const int64_t list = masks + blocks * pitch;
-  return {absmax, named, masks, list, list + pitch * 32};
+  // All columns, where the weight's part stays within 128 MiB.
+  const int64_t most = std::max<int64_t>(kLeastRoom, (kMostCollected / 2 / n) / 64 * 64);
+  const int64_t room = threshold && m > kFewRows8 ? std::min((k + 63) / 64 * 64, most) : 0;
+  Places at = {};
+  at.absmax = up(m * k);
+  at.named = up(at.absmax + 4 * m);
+  at.masks = up(at.named + blocks * 2 * (1 + kNamed));
+  at.list = up(at.masks + blocks * pitch);
+  at.count = at.list + pitch * 32;
+  at.x = up(at.count + 4);
+  at.weight = up(at.x + 2 * m * room);
+  at.size = at.weight + 2 * n * room;
+  at.room = static_cast<int>(room);
+  return at;
 }
 
 }  // namespace
 
-int64_t linear_int8_tensor_workspace(int64_t m, int64_t k) { return places_of(m, k).size; }
+int64_t linear_int8_tensor_workspace(int64_t m, int64_t n, int64_t k, float threshold) {
+  return places_of(m, n, k, threshold > 0.f).size;
+}
 
 Rows8 rows_of(const Linear8& a) {
-  const Places at = places_of(a.m, a.k);
+  const bool outliers = a.threshold > 0.f;
+  const Places at = places_of(a.m, a.n, a.k, outliers);
   auto* data = static_cast<uint8_t*>(a.workspace);
   return {reinterpret_cast<int8_t*>(data),
           reinterpret_cast<float*>(data + at.absmax),
-          a.threshold > 0.f ? reinterpret_cast<uint16_t*>(data + at.named) : nullptr,
+          outliers ? reinterpret_cast<uint16_t*>(data + at.named) : nullptr,
           data + at.masks,
           reinterpret_cast<int32_t*>(data + at.list),
+          reinterpret_cast<int32_t*>(data + at.count),
+          at.room ? data + at.x : nullptr,
+          data + at.weight,
           shape_of(a.m, a.k).blocks,
-          static_cast<int>((a.k + 127) / 128 * 16)};
+          static_cast<int>((a.k + 127) / 128 * 16),
+          at.room};
 }
 
 const char* quantize_rows(const Linear8& a, const Rows8& rows) {

@@ -17,12 +17,12 @@ struct Linear8 {
   DType dtype;
   int64_t m, n, k;
   float threshold;
-  void* workspace;  // linear_int8_tensor_workspace(m, k) bytes, aligned to 16
+  void* workspace;  // linear_int8_tensor_workspace(m, n, k, threshold) bytes, aligned to 16
   void* stream;
 };
 constexpr int64_t kMostK8 = 32768;
 
-int64_t linear_int8_tensor_workspace(int64_t m, int64_t k);
+int64_t linear_int8_tensor_workspace(int64_t m, int64_t n, int64_t k, float threshold);
 
 // The whole layer: the rows to int8, then the product.
 const char* linear_int8_tensor(const Linear8& a);
@@ -37,13 +37,20 @@ struct Rows8 {
   float* absmax;
   uint16_t* named;  // [blocks][1 + kNamed]; null without a threshold
   uint8_t* masks;   // [blocks][pitch]
-  int32_t* list;
-  int blocks, pitch;
+  int32_t *list, *count;
+  // For more than kFewRows8 rows, else null: what the integers miss of x [m][room] and the weight [n][room] at the first
+  // `room` outlier columns, in x's dtype, with zeros up to a multiple of 64.  Filled where there are more than kFewOutliers.
+  void *x, *weight;
+  int blocks, pitch, room;
 };
+constexpr int64_t kFewRows8 = 256;
+constexpr int kFewOutliers = 8;
 constexpr int kMostBlocks8 = 132;  // an H100's or H200's multiprocessors
 Rows8 rows_of(const Linear8& a);
 
 const char* quantize_rows(const Linear8& a, const Rows8& rows);
+// Fills list, count, x and weight, where there is an x.
+const char* collect_outliers(const Linear8& a, const Rows8& rows);
 // For few rows of x: `columns` (16, 32, 64 or 128) at a time, k shared by 2^log_splits blocks, at most 8.
 const char* linear_int8_few(const Linear8& a, const Rows8& rows, int columns, int log_splits);
 // For many: tiles of 128 x `columns` (128 or 256) outputs.

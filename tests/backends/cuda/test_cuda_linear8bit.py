@@ -62,9 +62,9 @@ def test_every_size_agrees_with_the_reference(m, n, k):
     check(run(arguments, 0.0), arguments, 0.0)
 
 
-@pytest.mark.parametrize("outliers", [1, 6, 40, 1000])
+@pytest.mark.parametrize("outliers", [1, 8, 9, 40, 1000, 4112])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("m", [1, 16, 64, 100, 200, 600])
+@pytest.mark.parametrize("m", [1, 16, 64, 100, 200, 257, 600])
 def test_outlier_columns_agree_with_the_reference(m, dtype, outliers):
     arguments = layer(m, 1000, 4112, outliers, dtype, bias=True)
     x, weight, absmax, bias = arguments
@@ -77,6 +77,17 @@ def test_outlier_columns_agree_with_the_reference(m, dtype, outliers):
     without = int8.linear_int8(left_out, weight, absmax, bias.float(), 6.0, "exact")
     shown = ((without - expected)[touched].norm() / expected[touched].norm()).item()
     assert shown > 10 * torch.finfo(dtype).eps, shown
+
+
+def test_columns_beyond_what_the_workspace_has_room_for_count_too():
+    n, k = 1 << 17, 768
+    room = (128 << 20) // 2 // n
+    assert room < k
+    for outliers in (room, room + 1, k):
+        arguments = x, weight, absmax, _ = layer(300, n, k, outliers)
+        expected = int8.linear_int8(x.float(), weight[-1000:], absmax[-1000:], None, 6.0, "exact")
+        error = ((run(arguments)[:, -1000:].float() - expected).norm() / expected.norm()).item()
+        assert error < torch.finfo(x.dtype).eps / 2, (outliers, error)
 
 
 def test_a_result_does_not_change_from_call_to_call():
@@ -92,7 +103,7 @@ def test_a_graph_sees_the_outliers_of_each_replay():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             h = run((x, *rest))
-        for outliers in (0, 1, 100, 0):
+        for outliers in (0, 1, 100, 8, 9, 0):
             x.copy_(layer(m, 1024, 4096, outliers, seed=outliers)[0])
             graph.replay()
             assert torch.equal(h, run((x, *rest))), (m, outliers)
