@@ -24,6 +24,7 @@ from torch import Tensor
 
 from halfbyte import formats
 
+from .kept import SIZE, look_up_kept
 from .pieces import look_up
 
 # Which codebook a kernel is compiled for.
@@ -33,7 +34,6 @@ _SIGNED: tl.constexpr = tl.constexpr(SIGNED)
 # Per map: bins per binade, and the exponent of the magnitude below which everything has the code of 0.  Levels just
 # below 1 are 9/640 and 9/1280 apart, so 36 and 72 bins would do; these ones make all bins fit SIZE without a collision.
 _BINS = {"dynamic": (40, -22), "dynamic_unsigned": (80, -23)}
-SIZE = 2048
 _SIZE: tl.constexpr = tl.constexpr(SIZE)
 _SIGNED_SCALE: tl.constexpr = tl.constexpr(40 * 512)  # (bits * SCALE) >> 32 is the number of a bin
 _UNSIGNED_SCALE: tl.constexpr = tl.constexpr(80 * 512)
@@ -45,10 +45,18 @@ UPPER_BYTES: tl.constexpr = tl.constexpr(
 
 
 @triton.jit
-def nearest_dynamic(s, table_ptr, BOOK: tl.constexpr, FINITE: tl.constexpr, NVIDIA: tl.constexpr):
+def nearest_dynamic(
+    s,
+    table_ptr,
+    BOOK: tl.constexpr,
+    FINITE: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    KEPT: tl.constexpr,
+):
     """Codes, uint8, of scaled values, a flat tensor, in a dynamic map; NaN gets 0, FINITE says that there is none.
 
     table_ptr   `dynamic_table`
+    KEPT        where `kept` has it, or nothing
     """
     if BOOK == _SIGNED:
         bits = s.to(tl.int32, bitcast=True)
@@ -61,7 +69,10 @@ def nearest_dynamic(s, table_ptr, BOOK: tl.constexpr, FINITE: tl.constexpr, NVID
         key = tl.maximum(s, 1.1920928955078125e-07).to(tl.uint32, bitcast=True)  # 2^-23
     SCALE: tl.constexpr = _SIGNED_SCALE if BOOK == _SIGNED else _UNSIGNED_SCALE
     at = tl.umulhi(key, tl.full(key.shape, SCALE, tl.uint32)).to(tl.int32) & (_SIZE - 1)
-    entry = look_up(table_ptr, at, _SIZE).to(tl.uint32, bitcast=True)
+    if KEPT != "":
+        entry = look_up_kept(at, KEPT).to(tl.uint32, bitcast=True)
+    else:
+        entry = look_up(table_ptr, at, _SIZE).to(tl.uint32, bitcast=True)
     if NVIDIA:
         return tl.inline_asm_elementwise(
             UPPER_BYTES,

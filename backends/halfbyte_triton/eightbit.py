@@ -54,7 +54,8 @@ def quantize_kernel(
     if BOOK == _ANY:
         code = nearest_any(s, table_ptr)
     else:
-        code = tl.reshape(nearest_dynamic(tl.reshape(s, [SIZE]), table_ptr, BOOK, False, NVIDIA), [BLOCKS, PADDED])
+        code = nearest_dynamic(tl.reshape(s, [SIZE]), table_ptr, BOOK, False, NVIDIA, "")
+        code = tl.reshape(code, [BLOCKS, PADDED])
     block = tl.arange(0, BLOCKS)
     if WHOLE:
         tl.store(codes_ptr + begin + at, code.to(tl.uint8))

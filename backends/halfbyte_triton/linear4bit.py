@@ -3,7 +3,8 @@
 Layout    row n of the weight is K/2 bytes of the packed tensor; a block of `blocksize` values shares one absmax.
 Work      a program takes BM rows of x and BN of the weight over a share of K, and computes the transposed product:
           the weight, decoded in registers, is the operand of which matrix units take 64 rows (wgmma) or 16 (mma,
-          mfma, wmma), so that one row of x wastes little.  Shares of K are summed by a second kernel, in order.
+          mfma, wmma), so that one row of x wastes little.  A step takes CHUNKS chunks of K, whose codes and absmax are
+          loaded at once.  Shares of K are summed by a second kernel, in order.
 Scales    SUM: a dot covers values of one block, its float32 result is multiplied by their absmax: nothing but
           the levels is rounded to x's dtype.  Otherwise the weight itself is scaled and rounded, as in the reference.
 Limits    K a multiple of the block size or of 64, whichever is less; other shapes, and many rows, are dequantized and
@@ -32,6 +33,8 @@ from .launch import Config, arch, cdiv, config, is_nvidia, launch, power_of_2, p
 from .pieces import INTERPRETED, look_up, rounded, widened
 
 _LOG = logging.getLogger("halfbyte.triton")
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+FEWEST = 8 if _VERSION >= (3, 6) else 16  # rows of x that a dot takes
 
 
 @triton.jit
@@ -73,6 +76,29 @@ def _weight(word, levels_ptr, ASSEMBLY: tl.constexpr, dtype: tl.constexpr):
         low = tl.reshape(rounded(look_up(levels_ptr, code & 15, 16), dtype), byte.shape)
     all = tl.reshape(tl.join(high, low), [ROWS, 4, EACH, 2, 2, 2])
     return tl.reshape(tl.permute(all, [0, 4, 3, 2, 1, 5]), [ROWS, 32 * EACH])
+
+
+@triton.jit
+def _halves(all):
+    """(ROWS, 2 * COLUMNS) -> its left and right half."""
+    ROWS: tl.constexpr = all.shape[0]
+    COLUMNS: tl.constexpr = all.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(all, [ROWS, 2, COLUMNS]), [0, 2, 1]))
+
+
+@triton.jit
+def _part(all, INDEX: tl.constexpr, PARTS: tl.constexpr):
+    """(ROWS, PARTS * COLUMNS) -> one of 1, 2 or 4 tensors of (ROWS, COLUMNS)."""
+    if PARTS == 1:
+        return all
+    else:
+        left, right = _halves(all)
+        half = left if 2 * INDEX < PARTS else right
+        if PARTS == 2:
+            return half
+        else:
+            left, right = _halves(half)
+            return left if INDEX % 2 == 0 else right
 
 
 @triton.jit
@@ -124,7 +150,7 @@ def linear_kernel(
     # Rows beyond the end read the last one and are not stored.
     row = tl.minimum(n, N - 1).to(tl.int64)
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32))
-    w_ptrs = words_ptr + (row * (K // 8) + share * (SHARE // 8))[:, None] + tl.arange(0, WORDS)[None, :]
+    w_ptrs = words_ptr + (row * (K // 8) + share * (SHARE // 8))[:, None] + tl.arange(0, CHUNKS * WORDS)[None, :]
     x_rows = tl.minimum(m, M - 1).to(tl.int64) * K + share * SHARE
     if ORDERED:
         k_of_column = tl.arange(0, CHUNK)
@@ -134,16 +160,24 @@ def linear_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros([BN, BM], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
+        # What a row has for all chunks of a step lies together, and is loaded at once.
+        words = tl.load(w_ptrs + step * (CHUNKS * WORDS))
+        if BLOCKSIZE == CHUNK:
+            blocks = (row * (K // CHUNK) + (share * STEPS + step) * CHUNKS)[:, None] + tl.arange(0, CHUNKS)[None, :]
+            scales = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, blocks, None, NESTED)
         for chunk in tl.static_range(CHUNKS):
             at = step * CHUNKS + chunk
-            word = tl.load(w_ptrs + at * WORDS)
+            word = _part(words, chunk, CHUNKS)
             x = tl.load(x_ptrs + at * CHUNK)
             k = share * SHARE + at * CHUNK
-            if K % BLOCKSIZE == 0:
-                block = row * (K // BLOCKSIZE) + k // BLOCKSIZE
+            if BLOCKSIZE == CHUNK:
+                absmax = tl.reshape(_part(scales, chunk, CHUNKS), [BN])
             else:
-                block = (row * K + k) // BLOCKSIZE
-            absmax = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, block, None, NESTED)
+                if K % BLOCKSIZE == 0:
+                    block = row * (K // BLOCKSIZE) + k // BLOCKSIZE
+                else:
+                    block = (row * K + k) // BLOCKSIZE
+                absmax = load_absmax(absmax_ptr, nested_ptr, codebook_ptr, offset_ptr, block, None, NESTED)
             w = _weight(word, levels_ptr, ASSEMBLY, dtype if SUM or ASSEMBLY != "" else tl.float32)
             if SUM:
                 acc += product(w, x, tl.zeros([BN, BM], tl.float32)) * absmax[:, None]
@@ -211,8 +245,8 @@ def linear_4bit(
     y = x.new_empty((*x.shape[:-1], n))
     if tuned["ORDERED"]:  # as _order would read it, but in wide pieces
         x = x.view(m, k // chunk, 4, chunk // 32, 4, 2).permute(0, 1, 4, 3, 2, 5).contiguous()
-    bm, bn = tuned["BM"], min(tuned["BN"], max(power_of_2(n), 16))
-    chunks = chunks_of(k // chunk, tuned["CHUNKS"])
+    bm, bn = max(tuned["BM"], FEWEST), min(tuned["BN"], max(power_of_2(n), 16))
+    chunks = math.gcd(k // chunk, tuned["CHUNKS"])
     steps = k // chunk // chunks
     shares = shares_of(steps, cdiv(n, bn) * cdiv(m, bm), tuned, x.device)
     out = y if shares == 1 else x.new_empty((shares, m, n), dtype=torch.float32)
@@ -257,8 +291,7 @@ given_up: set[str] = set()  # archs whose own kernel does not compile
 @functools.cache
 def specialized(name: str) -> Any:
     """The module with a kernel of an arch's own, where the installed Triton has what it is written in."""
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if name != "sm_90" or name in given_up or INTERPRETED or version < (3, 6):
+    if name != "sm_90" or name in given_up or INTERPRETED or _VERSION < (3, 6):
         return None
     from . import hopper4bit
 
@@ -276,20 +309,15 @@ def bucket(m: int, dtype: torch.dtype) -> str:
     return f"float32/{rows}" if dtype is torch.float32 else str(rows)
 
 
-def chunks_of(steps: int, wanted: int) -> int:
-    """How many chunks of K a step takes: a divisor of their number."""
-    while steps % wanted:
-        wanted -= 1
-    return wanted
-
-
 def shares_of(steps: int, tiles: int, tuned: Config, device: torch.device) -> int:
     """Into how many shares K is cut to fill the GPU: a divisor of the number of steps.
 
     tiles   programs without a division
     """
-    wanted = max(tuned["PROGRAMS"] * processors(device) // tiles, 1)
-    return chunks_of(steps, min(wanted, steps, 64))
+    wanted = min(max(tuned["PROGRAMS"] * processors(device) // tiles, 1), steps, 64)
+    while steps % wanted:
+        wanted -= 1
+    return wanted
 
 
 def sum_shares(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:

@@ -62,6 +62,7 @@ def _update(
     else:
         numbers = [float(one) for one in c]
     scale_on_device = grad_scale is not None and grad_scale.device.type != "cpu"
+    keeps = eight is not None and bool(tuned.get("KEEP")) and is_nvidia(device)
     books: list[Tensor] = [like, like]
     tables, kinds = [like, like], [ANY, ANY]
     if eight:
@@ -70,6 +71,7 @@ def _update(
                 books[place] = book.contiguous()
                 kinds[place], tables[place] = encoding(books[place], nudged=True)
                 if kinds[place] == ANY:
+                    keeps = False  # its search reads another table
                     negative = books[place].signbit().sum().float().reshape(1)
                     tables[place] = torch.cat((tables[place], negative))
     trust = torch.empty(tensors, device=device) if max_unorm > 0 else like
@@ -112,10 +114,12 @@ def _update(
             ALIGNED=all(
                 not fields[place + field] % 16 for place in range(0, len(fields), FIELDS) for field in range(4)
             ),
+            EVEN=not any(elements % 16 for elements in fields[7::FIELDS]),
             NVIDIA=is_nvidia(device),
+            KEEP=keeps,
             num_warps=min(tuned["num_warps"] * max(padded // tuned["TILE"], 1), 8),
             enable_fp_fusion=False,
-            **({} if optimizer == "ademamix" else registers(tuned, device)),  # it has a third state to hold
+            **registers(tuned, device),
         )
         if norms:
             launch(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .codes8 import ANY, nearest_any, nearest_dynamic
+from .kept import look_up_kept
 from .pieces import block_absmax, look_up
 
 _ANY: tl.constexpr = tl.constexpr(ANY)
@@ -32,9 +33,14 @@ def store(ptr, at, value, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def decoded(value, scale, book_ptr, EIGHT: tl.constexpr):
-    """A state, float32, of what was loaded."""
-    if EIGHT:
+def decoded(value, scale, book_ptr, EIGHT: tl.constexpr, KEPT: tl.constexpr):
+    """A state, float32, of what was loaded.
+
+    KEPT   where `kept` has the codebook, or nothing
+    """
+    if EIGHT and KEPT != "":
+        return look_up_kept(value.to(tl.int32), KEPT).to(tl.float32, bitcast=True) * scale[:, None]
+    elif EIGHT:
         code = tl.reshape(value.to(tl.int32), [value.shape[0] * value.shape[1]])
         return tl.reshape(look_up(book_ptr, code, 256), value.shape) * scale[:, None]
     else:
@@ -64,9 +70,11 @@ def write_state(
     BOOK: tl.constexpr,
     NVIDIA: tl.constexpr,
     MASKED: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Store a state.
 
+    KEPT        where `kept` has it, or nothing
     table_ptr   what `codes8.encoding` gives, nudged; for any codebook, its number of negative levels comes after
     """
     if EIGHT:
@@ -83,7 +91,7 @@ def write_state(
         else:
             # A state of -0.0 comes out of the division as 0.0, which the signed map needs.
             flat = tl.reshape(scaled, [state.shape[0] * state.shape[1]])
-            code = tl.reshape(nearest_dynamic(flat, table_ptr, BOOK, True, NVIDIA), state.shape)
+            code = tl.reshape(nearest_dynamic(flat, table_ptr, BOOK, True, NVIDIA, KEPT), state.shape)
         store(ptr, at, code.to(tl.uint8), inside, MASKED)
         store(absmax_ptr, block, largest, inside_block, MASKED)
     else:

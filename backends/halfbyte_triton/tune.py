@@ -66,11 +66,19 @@ def candidates(bucket: Bucket) -> list[Config]:
             return list(products(BM=[min(rows, 128)], BN=[64, 128], **same, num_warps=[4, 8]))
         return list(products(BM=[128, 256], BN=[128], **same, num_warps=[8]))
     if operation in UPDATES:
-        return [
+        plain = [
             *products(TILE=[1024], PART=[4], REGISTERS=[0, 80], num_warps=[4], num_stages=[1, 2]),
             *products(TILE=[2048], PART=[4, 8], REGISTERS=[0, 64, 80], num_warps=[8], num_stages=[1, 2]),
             *products(TILE=[2048], PART=[4], REGISTERS=[0, 128], num_warps=[4], num_stages=[1, 2]),
             *products(TILE=[4096], PART=[4], REGISTERS=[0, 128], num_warps=[8], num_stages=[1, 2]),
+        ]
+        if operation == "update_32bit":
+            return plain
+        same = {"KEEP": [1], "num_stages": [1]}  # tables in shared memory: NVIDIA alone
+        return [
+            *products(TILE=[1024], PART=[8, 16], REGISTERS=[56, 64, 80], num_warps=[4], **same),
+            *products(TILE=[2048], PART=[8, 16], REGISTERS=[64, 80], num_warps=[8], **same),
+            *({**one, "KEEP": 0} for one in plain),
         ]
     if operation == "dequantize_4bit":
         return [
@@ -92,11 +100,11 @@ def linear_candidates(rows: int) -> list[Config]:
     """{} is to dequantize and to leave the product to torch."""
     same = {"BM": [min(max(rows, 16), 256)], "CHUNK": [64]}
     if rows <= 32:
-        few = {**same, "SUM": [1], "ORDERED": [0]}
+        few = {**same, "BM": [8, 16] if rows < 16 else [rows], "SUM": [1], "ORDERED": [0]}
         return [
-            *products(**few, BN=[64], CHUNKS=[1, 2], PROGRAMS=[4, 6], num_warps=[4], num_stages=[3, 5]),
-            *products(**few, BN=[128], CHUNKS=[1, 2], PROGRAMS=[2, 3, 4], num_warps=[4], num_stages=[3, 5, 7]),
-            *products(**few, BN=[128], CHUNKS=[1], PROGRAMS=[2, 4], num_warps=[8], num_stages=[3, 5]),
+            *products(**few, BN=[64], CHUNKS=[2, 4], PROGRAMS=[4, 6], num_warps=[4], num_stages=[3, 4]),
+            *products(**few, BN=[128], CHUNKS=[1, 2, 4], PROGRAMS=[2, 3, 4], num_warps=[4], num_stages=[3, 5]),
+            *products(**few, BN=[128], CHUNKS=[1, 4], PROGRAMS=[2, 4], num_warps=[8], num_stages=[3, 5]),
         ]
     if rows <= 128:
         some = {**same, "CHUNKS": [1], "SUM": [0, 1], "PROGRAMS": [1, 2]}

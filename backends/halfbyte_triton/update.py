@@ -16,6 +16,7 @@ import triton.language as tl
 
 from halfbyte.native import OPTIMIZERS
 
+from .kept import KEPT_BOOK1, KEPT_BOOK2, KEPT_TABLE1, KEPT_TABLE2, keep_tables
 from .pieces import rounded, widened
 from .states import decoded, load, store, write_state
 
@@ -31,7 +32,7 @@ _FIELDS: tl.constexpr = tl.constexpr(FIELDS)
 
 @triton.jit
 def _finite(x):
-    return tl.abs(x) < float("inf")
+    return tl.abs(x) <= 3.4028234663852886e38  # not < inf, which LLVM would test on integers
 
 
 @triton.jit
@@ -125,6 +126,7 @@ def _step(
     STOCHASTIC: tl.constexpr,
     NORMS: tl.constexpr,
     NVIDIA: tl.constexpr,
+    KEEP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """BLOCKS blocks from element `begin`.  With NORMS nothing is written: the sums of p^2 and u^2, float64."""
@@ -148,11 +150,11 @@ def _step(
     if OPTIMIZER == _ADEMAMIX:
         slow = load(slow_ptr + begin, at, inside, MASKED)
         scale_slow = load(absmax_slow + first, block, inside_block, MASKED) if EIGHT else 0.0
-    one = decoded(one, scale_one, book1_ptr, EIGHT)
+    one = decoded(one, scale_one, book1_ptr, EIGHT, KEPT_BOOK1 if KEEP else "")
     if TWO:
-        two = decoded(two, scale_two, book2_ptr, EIGHT)
+        two = decoded(two, scale_two, book2_ptr, EIGHT, KEPT_BOOK2 if KEEP else "")
     if OPTIMIZER == _ADEMAMIX:
-        slow = decoded(slow, scale_slow, book1_ptr, EIGHT)
+        slow = decoded(slow, scale_slow, book1_ptr, EIGHT, KEPT_BOOK1 if KEEP else "")
     p = widened(p)
     g = widened(g)
     if SCALE:
@@ -219,17 +221,17 @@ def _step(
             store(p_ptr + begin, at, rounded(moved, p_ptr.dtype.element_ty), inside, MASKED)
         write_state(
             one_ptr + begin, absmax_one + first, table1_ptr, new_one, at, block, inside, inside_block, EIGHT, BOOK1,
-            NVIDIA, MASKED,
+            NVIDIA, MASKED, KEPT_TABLE1 if KEEP else "",
         )  # fmt: skip
         if TWO:
             write_state(
                 two_ptr + begin, absmax_two + first, table2_ptr, new_two, at, block, inside, inside_block, EIGHT,
-                BOOK2, NVIDIA, MASKED,
+                BOOK2, NVIDIA, MASKED, KEPT_TABLE2 if KEEP else "",
             )  # fmt: skip
         if OPTIMIZER == _ADEMAMIX:
             write_state(
                 slow_ptr + begin, absmax_slow + first, table1_ptr, new_slow, at, block, inside, inside_block, EIGHT,
-                BOOK1, NVIDIA, MASKED,
+                BOOK1, NVIDIA, MASKED, KEPT_TABLE1 if KEEP else "",
             )  # fmt: skip
         zero = tl.zeros([], tl.float64)
         return zero, zero
@@ -282,7 +284,9 @@ def update_kernel(
     TRUST: tl.constexpr,
     NORMS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
     NVIDIA: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = like_ptr.dtype.element_ty
@@ -319,13 +323,17 @@ def update_kernel(
     g_ptr = _address(row, 1, dtype, ALIGNED)
     one_ptr = _address(row, 2, state, ALIGNED)
     two_ptr = _address(row, 3, state, ALIGNED)
-    slow_ptr = _address(row, 2, state, False) + n  # the second half of state1
+    if EVEN:  # so that the second half of state1 is read in wide pieces
+        n = tl.multiple_of(n, 16)
+    slow_ptr = one_ptr + n
     absmax_one = _address(row, 4, tl.float32, False)
     absmax_slow = _address(row, 5, tl.float32, False)
     absmax_two = _address(row, 6, tl.float32, False)
     SPAN: tl.constexpr = BLOCKS * BLOCKSIZE
     of_p = tl.zeros([], tl.float64)
     of_u = tl.zeros([], tl.float64)
+    if KEEP:
+        keep_tables(book1_ptr, table1_ptr, book2_ptr, table2_ptr, OPTIMIZER <= _ADEMAMIX)
     # Whole programs need no masks, which would keep accesses narrow; padded blocks always have one.
     begin = part * (PART * SPAN)
     whole = (begin + PART * SPAN <= n) & (PADDED == BLOCKSIZE)
@@ -374,6 +382,7 @@ def update_kernel(
                     STOCHASTIC,
                     NORMS,
                     NVIDIA,
+                    KEEP,
                     masked == 1,
                 )
                 of_p += a

@@ -140,8 +140,10 @@ def code(arch, call):
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_product_compiles_to_matrix_instructions(name, arch):
     texts = [one.get("ptx") or one["amdgcn"] for one in code(arch, PRODUCTS[name])]
+    few = name == "linear_4bit-1" and arch == "sm_90"  # whose tile of 8 rows triton 3.6 gives to mma
+    wanted = r"mma\.sync|wgmma\.mma_async" if few else MATRIX[arch]
 
-    assert any(re.search(MATRIX[arch], text) for text in texts), f"no {MATRIX[arch]} in {name} for {arch}"
+    assert any(re.search(wanted, text) for text in texts), f"no {wanted} in {name} for {arch}"
 
 
 @pytest.mark.parametrize("arch", compiled.TARGETS)
@@ -221,3 +223,17 @@ def test_step_on_the_device_needs_no_copy_from_the_host(monkeypatch):
     with copies:
         assert len(compiled.launches("sm_90", function, *meta)) == 1
     assert not copies.found
+
+
+@pytest.mark.parametrize("name", ["update_8bit-adam", "update_8bit-ademamix-stochastic", "update_8bit-lion"])
+def test_kept_table_is_read_behind_a_barrier(name):
+    """The compiler knows nothing of the area, so nothing but the text keeps the order."""
+    text = code("sm_90", OTHERS[name])[0]["ptx"]
+    kept = [(found.start(), found.group()) for found in re.finditer(r"halfbyte_kept(?s:.*?)(ld|st)\.shared", text)]
+    stores = [place for place, what in kept if what.endswith("st.shared")]
+    loads = [place for place, what in kept if what.endswith("ld.shared")]
+
+    assert stores
+    assert loads
+    assert max(stores) < min(loads)
+    assert "bar.sync" in text[max(stores) : min(loads)]

@@ -13,7 +13,7 @@ from halfbyte.ops import eightbit
 
 pytest.importorskip("triton")
 
-from halfbyte_triton import codes8, decode
+from halfbyte_triton import codes8, decode, kept
 
 CPU = torch.device("cpu")
 
@@ -77,9 +77,13 @@ def test_bins_of_the_dynamic_map_give_the_nearest_code(name, nudged):
     assert not len(wrong), f"{len(wrong)} codes differ, the first for {s[wrong[0]].item()!r}"
 
 
-def run(assembly, first, given, results):
-    """Execute straight-line PTX on 32-bit integers, given as operands from $first on; the results, $0 and following."""
+def run(assembly, first, given, results, memory=None):
+    """Execute straight-line PTX on 32-bit integers, given as operands from $first on; the results, $0 and following.
+
+    memory   words of shared memory by address, which loads read and stores change
+    """
     registers = {f"${first + place}": word & 0xFFFFFFFF for place, word in enumerate(given)}
+    registers["halfbyte_kept"] = 1024  # an address
 
     def value(name):
         return int(name, 16) if name.startswith("0x") else int(name) if name.isdigit() else registers[name]
@@ -89,12 +93,25 @@ def run(assembly, first, given, results):
         if not line or line.startswith(".reg"):
             continue
         op, rest = line.split(" ", 1)
+        if op.startswith("st.shared"):
+            place, *words = [part.strip("[]{} ") for part in rest.split(",")]
+            memory.update({value(place) + 4 * number: value(word) for number, word in enumerate(words)})
+            continue
         target, *args = [part.strip() for part in rest.split(",")]
+        if op == "ld.shared.b32":
+            registers[target] = memory[sum(value(part) for part in args[0].strip("[]").split(" + "))]
+            continue
         given = [value(one) for one in args]
         if op == "shl.b32":
             result = given[0] << given[1]
         elif op == "shr.b32":
             result = given[0] >> given[1]
+        elif op == "mov.u32":
+            result = given[0]
+        elif op == "add.u32":
+            result = given[0] + given[1]
+        elif op == "mad.lo.u32":
+            result = given[0] * given[1] + given[2]
         elif op == "and.b32":
             result = given[0] & given[1]
         elif op == "lop3.b32":
@@ -131,3 +148,19 @@ def test_assembly_packs_the_upper_bytes():
     words = (0x12AABBCC, 0x34AABBCC, 0xF6AABBCC, 0x78AABBCC)
 
     assert run(codes8.UPPER_BYTES.value, 1, words, 1) == [0x78F63412]
+
+
+def test_tables_that_are_kept_are_found_again():
+    """All of them in one area."""
+    places = [(kept._BOOK1_AT, 256), (kept._BOOK2_AT, 256), (kept._TABLE1_AT, 2048), (kept._TABLE2_AT, 2048)]
+    memory = {}
+    for number, (first, words) in enumerate(places):
+        for index in range(words):
+            run(kept._STORE.value, 1, (first.value + 4 * index, 10000 * number + index), 1, memory)
+
+    assert len(memory) == 2 * 256 + 2 * 2048
+    assert 4 * len(memory) == kept._AREA
+    look_ups = (kept.KEPT_BOOK1, kept.KEPT_BOOK2, kept.KEPT_TABLE1, kept.KEPT_TABLE2)
+    for number, (look_up, (_, words)) in enumerate(zip(look_ups, places, strict=True)):
+        found = [run(look_up.value, 1, (index,), 1, memory) for index in range(words)]
+        assert found == [[10000 * number + index] for index in range(words)]
