@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(384, 1)
 
   if (tid == 0) {
     for (int i = 0; i < L::kDepth; ++i) mbarrier_init(full + 8 * i, 1), mbarrier_init(empty + 8 * i, 16);
-    mbarrier_init(made, kFeeders), mbarrier_init(used, 8);
+    mbarrier_init(made, kFeeders), mbarrier_init(used, 256);
     mbarrier_init_done();
   }
   cluster_sync();
@@ -245,8 +245,7 @@ __global__ void __launch_bounds__(384, 1)
         }
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(used);
+    mbarrier_arrive(used);
   }
   cluster_sync();  // the other block may still be about to signal here
 #endif
