@@ -292,7 +292,7 @@ def linear_4bit(
         (cdiv(n, bn), cdiv(m, bm), shares),
         x.device,
         TensorDescriptor.from_tensor(aligned(x.contiguous()).view(m, k), *of_x),
-        TensorDescriptor.from_tensor(aligned(packed.contiguous()).view(torch.int32).view(n, k // 8), *of_words),
+        TensorDescriptor.from_tensor(aligned(packed.contiguous()).view(n, k // 2).view(torch.int32), *of_words),
         TensorDescriptor.from_tensor(aligned(absmax).view(n, k // 64), *of_absmax),
         *rest,
         x if bias is None else bias,

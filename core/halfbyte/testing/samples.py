@@ -119,7 +119,10 @@ def _linear_4bit_sizes(facts: Any) -> Mapping[str, Size]:
     k = min(facts.blocksize, 512)
     # As in _dequantize_sizes: more than 256 blocks, where they are small.
     more = 256 if facts.nested and facts.blocksize <= 64 else 0
+    # What kernels for many rows and long ones ask for.
+    deep = {"deep": (40, 24, 1024)} if facts.blocksize == 64 else {}
     return {
+        **deep,
         "usual": (5, 24 + more, k),
         "vector": (1, 32 + more, 2 * k),  # decoding one token
         "tall": (35, 17 + more, k),

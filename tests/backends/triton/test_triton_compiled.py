@@ -43,7 +43,7 @@ def x(m, k=4096, dtype=torch.bfloat16):
 
 
 def weight(n=128, k=4096, nested=False, blocksize=64):
-    packed, blocks = torch.zeros(n * k // 2, dtype=torch.uint8), n * k // blocksize
+    packed, blocks = torch.zeros(n * k // 2, 1, dtype=torch.uint8), n * k // blocksize
     if not nested:
         return packed, torch.zeros(blocks), None, None, None
     return packed, torch.zeros(blocks, dtype=torch.uint8), torch.zeros(blocks // 256), BOOK, torch.zeros(())

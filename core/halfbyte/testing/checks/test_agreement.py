@@ -10,7 +10,7 @@ from halfbyte.testing import cases, compare, samples
 
 
 def test_kernel_agrees_with_the_reference(case: cases.Case) -> None:
-    for size in case.sizes("usual", "vector", "tall", "partial", "odd"):
+    for size in case.sizes("usual", "vector", "tall", "deep", "partial", "odd"):
         args = case.args(size)
         made = case.op.facts(*args)
         assert made == case.facts, f"the samples of {case.op.name} make {made} for {case.facts}"
