@@ -20,11 +20,7 @@ TENSOR_CORES: Mapping[str, Collection[object]] = {
     "blocksize": {64, 128, 256, 512, 1024, 2048, 4096},
     "dtype": {torch.float16, torch.bfloat16},
 }
-CUBLAS: Mapping[str, Collection[object]] = {
-    "format": {"nf4", "fp4"},
-    "blocksize": {32, 64, 128, 256, 512, 1024, 2048, 4096},
-    "dtype": {torch.float16, torch.bfloat16},
-}
+CUBLAS: Mapping[str, Collection[object]] = {**TENSOR_CORES, "blocksize": {32, *TENSOR_CORES["blocksize"]}}
 TENSOR_CORES_INT8: Mapping[str, Collection[object]] = {"mode": {"exact"}, "dtype": {torch.float16, torch.bfloat16}}
 
 

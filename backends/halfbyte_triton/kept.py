@@ -4,7 +4,9 @@ Triton's own look-up there, `tl.gather`, writes the table anew, between barriers
 an area, a program fills it once, and each look-up is one load.  The order is that of the text: declare, fill, barrier,
 look-ups of indices that are loaded after it.
 
-The area holds two codebooks of 256 floats and two tables that codes8.nearest_dynamic reads: 18 KiB.
+The area holds two codebooks of 256 floats and two tables that codes8.nearest_dynamic reads: 18 KiB.  Triton counts its
+own shared memory alone, so a kernel that wants 29 to 48 KiB of that beside the area cannot start; those of the compile
+tests want 4 KiB at most.
 """
 
 from __future__ import annotations

@@ -37,11 +37,23 @@ def test_library_that_lacks_a_case_is_left_out_and_other_errors_are_not_hidden(m
     (row,) = gpu.run([case], ["halfbyte", "torch"], 2)
     assert row.times == {"halfbyte": [5.0, 5.0]}
 
+    unasked = gpu.Case("x", "stream", 0, lambda library: [print], ("halfbyte",))
+    (row,) = gpu.run([unasked], ["halfbyte", "humming"], 1)
+    assert row.times == {"halfbyte": [5.0]}
+
     def broken(library):
         raise KeyError("inside a library")
 
     with pytest.raises(KeyError, match="inside a library"):
         gpu.run([gpu.Case("x", "stream", 0, broken)], ["halfbyte"], 1)
+
+
+def test_only_plain_layers_of_four_bits_have_a_case_for_humming(capsys):
+    asked = [case.name for case in gpu.cases() if "humming" in case.libraries]
+
+    assert asked == [case.name for case in gpu.cases() if case.name.startswith("nf4 linear")]
+    assert main(["bench", "--libraries", "halfbyte,humming"]) == 2
+    assert "--libraries humming needs --device cuda; got cpu" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -107,5 +107,10 @@ def test_offload_changes_nothing(run):
     assert said.endswith("the same logits: True")
 
 
+def test_offload_says_where_nothing_fits(run):
+    with pytest.raises(AssertionError, match="--memory 1KiB has no room for any module of the model"):
+        run("offload.py", "model", "--memory", "1KiB")
+
+
 def test_scripts_know_nothing_of_halfbyte():
     assert [file.name for file in FOLDER.glob("*.py") if "halfbyte" in file.read_text()] == []

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import LIBRARIES, PEERS
+
 Call = Callable[[], Any]
 BF16 = torch.bfloat16
 SIZES = ((1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))
@@ -24,7 +26,6 @@ ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 ELEMENTS = 2**29
 PARAMETERS = 2**30
 IN_A_ROW = 4
-LIBRARIES = ("halfbyte", "bitsandbytes", "torch")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _linear(n: int, k: int, m: int, nested: bool) -> Case:
 
     scales = n * k // 64 * (1 if nested else 4)
     name = f"nf4{' nested' if nested else ''} linear {n}x{k}, bf16, M={m}"
-    peers = LIBRARIES if nested else (*LIBRARIES, "humming")
+    peers = LIBRARIES if nested else (*LIBRARIES, *PEERS)
     return Case(name, "graph", n * k // 2 + scales + 2 * m * (n + k), prepare, peers)
 
 

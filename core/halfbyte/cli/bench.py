@@ -11,11 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..bench import LIBRARIES, PEERS
 from ..errors import InputError
 from .output import require_writable
-
-LIBRARIES = ("halfbyte", "bitsandbytes", "torch")
-PEERS = ("humming",)  # only where asked for
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     libraries = [name.strip() for name in args.libraries.split(",")]
     if unknown := set(libraries) - {*LIBRARIES, *PEERS}:
         raise InputError(f"--libraries must list some of {', '.join((*LIBRARIES, *PEERS))}; got {sorted(unknown)[0]!r}")
+    if args.device == "cpu" and (alone := set(libraries) & set(PEERS)):
+        raise InputError(f"--libraries {sorted(alone)[0]} needs --device cuda; got cpu")
     if args.threads < 1 or args.rounds < 1:
         raise InputError(f"--threads and --rounds must be at least 1; got {args.threads} and {args.rounds}")
     require_writable(args.markdown, args.json, args.plot)

@@ -83,6 +83,7 @@ def test_side_streams_and_graphs():
     packed, state = functional.quantize_4bit(torch.randn(1024, 2048, device="cuda", dtype=torch.bfloat16))
     dy = torch.zeros(128, 1024, device="cuda", dtype=torch.bfloat16)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(10_000_000)
         dy.normal_()
@@ -109,3 +110,12 @@ def test_a_program_that_forbids_reduced_sums_gets_torchs_product(monkeypatch):
     check(gradient(dy, packed, state), dy, packed, state)
 
     assert called
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_device_that_is_not_the_current_one_gets_torchs_product():
+    packed, state = functional.quantize_4bit(torch.randn(256, 512, device="cuda:1", dtype=torch.bfloat16))
+    dy = torch.randn(16, 256, device="cuda:1", dtype=torch.bfloat16)
+
+    assert torch.cuda.current_device() == 0
+    check(gradient(dy, packed, state), dy, packed, state)
